@@ -114,7 +114,7 @@ def prepare_dataset(profile=None, url=None):
                     f"cats_vs_dogs is not prepared in {where} and cannot be downloaded ({type(error).__name__}). "
                     "Connect once to download it (787 MB), set TFDS_DATA_DIR to a folder that holds it, put the zip "
                     f"into {where / 'downloads' / 'manual'}, or choose RESNET_PROFILE=quick, which can use other data."
-                ) from error
+                ) from None  # the chain of network errors below it says nothing more
             line = "!" * 100
             print(f"{line}\n!! NO CATS, NO DOGS: cats_vs_dogs is not prepared here and there is no network.\n"
                   f"!! This run uses scikit-learn's handwritten digits instead ({DIGITS}, 10 classes).\n{line}")
@@ -447,8 +447,9 @@ def stage_table(model):
             row["multiply-adds"] += math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:-1])
             if not layer.name.endswith("_0_conv"):
                 row["weight layers"] += 1
-                size = layer.kernel.shape[:-2]  # empty for the classifier
-                row["layers"].append(f"{size[0]}x{size[1]}, {layer.filters}" if size else f"fc, {layer.units}")
+                is_conv = isinstance(layer, Conv2D)
+                row["layers"].append("{0}x{0}, {1}".format(layer.kernel_size[0], layer.filters) if is_conv else
+                                     f"fc, {layer.units}")
     table = pd.DataFrame.from_dict(rows, orient="index")
     repeats = table["units"].clip(lower=1)
     table["layers"] = ["; ".join(layers[: len(layers) // n]) for layers, n in zip(table["layers"], repeats)]
@@ -572,6 +573,8 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
         return run
     _write_whole(path.with_suffix(".tmp"), lambda file: file.write(b""))  # find out now, not after hours
     path.with_suffix(".tmp").unlink()
+    if config["dataset"] != DIGITS:
+        prepare_dataset("full")
     data = load_data(config["dataset"], config["image_size"])
     parts = {}
     for split in ("train", "val"):
@@ -788,6 +791,12 @@ def _write_run(path, run):
     _write_whole(path, lambda file: file.write(text.encode()))
 
 
+def results_folder(profile=None):
+    """Folder of a profile's runs: of the data set that was trained on last, should there be several."""
+    folder = RESULTS / get_profile(profile)
+    return max(folder.glob("*/"), key=lambda path: path.stat().st_mtime, default=folder / "cats_vs_dogs")
+
+
 def read_run(path):
     """Read one run's file.
 
@@ -835,42 +844,66 @@ def check_comparable(runs):
         raise ValueError(f"These runs cannot be compared: not the same seeds for every net ({listing}).")
 
 
-def ablation_table(runs, metric="val_accuracy"):
-    """Plain against residual at equal epochs: one row a residual net, means over seeds of the last epoch's `metric`.
+def complete_seeds(runs):
+    """Keep the seeds that every net in `runs` has, and say which runs that leaves out."""
+    per_run = runs.drop_duplicates("file")
+    nets = per_run.groupby("seed").size()
+    complete = nets[nets == per_run.drop_duplicates(list(NETWORK)).shape[0]].index
+    left_out = per_run[~per_run.seed.isin(complete)].file
+    if len(left_out):
+        print("Not every net has these seeds yet, so they are left out:", ", ".join(left_out))
+    return runs[runs.seed.isin(complete)]
 
-    Columns: plain, residual, difference, seeds, and with several seeds the standard deviations. A net with a run
-    that diverged has no number (NaN).
+
+EPOCHS = {"last": lambda values: values.iloc[-1], "best": lambda values: values.max(),
+          "mean of last 3": lambda values: values.tail(3).mean()}
+
+
+def ablation_table(runs, metric="val_accuracy", epoch="last"):
+    """Plain against residual at equal epochs: one row a residual net, `metric` as means over seeds.
+
+    `epoch` is "last" (the result), "best" (picked on the validation images, so too good) or "mean of last 3".
+    Columns: plain, residual, difference, seeds, and with several seeds the standard deviations and the half width of
+    the 95% confidence interval of the difference paired by seed. A net with a run that diverged has no number (NaN).
 
     Raises:
         ValueError: runs that differ in anything but the network (see `check_comparable`), or an arm is missing.
     """
     check_comparable(runs)
-    last = runs[runs.epoch == runs.groupby("file").epoch.transform("max")].copy()
-    last.loc[last.status == "diverged", metric] = np.nan
-    scores = {key: group.set_index("seed")[metric].sort_index() for key, group in last.groupby(list(NETWORK))}
+    pick = EPOCHS[_check("epoch", epoch, EPOCHS)]
+    runs = runs.assign(**{metric: runs[metric].where(runs.status != "diverged")})
+    scores = runs.groupby([*NETWORK, "seed"])[metric].agg(pick)
     rows = {}
-    for (model, shortcut), residual in sorted(scores.items(), key=lambda item: (MODELS[item[0][0]], item[0][1])):
-        twin = f"plain{MODELS[model]}", "none"
-        if model == twin[0]:
+    for model, shortcut in sorted(set(scores.index.droplevel("seed")), key=lambda net: (MODELS[net[0]], net[1])):
+        plain = f"plain{MODELS[model]}"
+        if model == plain:
             continue
-        if twin not in scores:
+        if (plain, "none") not in scores:
             received = ", ".join(sorted(runs.file.unique()))
-            raise ValueError(f"No run of {twin[0]} to compare {model} with. Received: {received}.")
-        plain, label = scores[twin], title(model) + ("" if shortcut == "projection" else f" ({shortcut})")
-        parts = {"plain": plain, "residual": residual, "difference": residual - plain}
-        rows[label] = {name: part.mean(skipna=False) for name, part in parts.items()} | {"seeds": len(plain)}
-        if len(plain) > 1:
-            rows[label] |= {f"{name} sd": part.std(skipna=False) for name, part in parts.items()}
+            raise ValueError(f"No run of {plain} to compare {model} with. Received: {received}.")
+        parts = {"plain": scores[plain, "none"], "residual": scores[model, shortcut]}
+        parts["difference"] = parts["residual"] - parts["plain"]
+        row = {name: part.mean(skipna=False) for name, part in parts.items()} | {"seeds": len(parts["plain"])}
+        if row["seeds"] > 1:
+            import scipy.stats
+
+            row |= {f"{name} sd": part.std(skipna=False) for name, part in parts.items()}
+            row["95% half width"] = (scipy.stats.t.ppf(0.975, row["seeds"] - 1) * row["difference sd"]
+                                     / math.sqrt(row["seeds"]))
+        rows[title(model) + ("" if shortcut == "projection" else f" ({shortcut})")] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def percent_table(table):
-    """The ablation table as text, in percent: "71.4" or, over several seeds, "71.4 ± 0.6"; differences are signed."""
+    """The ablation table as text in percent: "71.4", over seeds "71.4 ± 0.6", differences "+9.1 [+7.7, +10.5]"."""
     def cell(row, column):
-        if math.isnan(row[column]):
+        value, spread = 100 * row[column], 100 * row.get(f"{column} sd", math.nan)
+        if math.isnan(value):
             return "diverged"
-        text = f"{100 * row[column]:{'+' if column == 'difference' else ''}.1f}"
-        return text + (f" ± {100 * row[column + ' sd']:.1f}" if f"{column} sd" in row else "")
+        if column != "difference":
+            return f"{value:.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+        half = 100 * row.get("95% half width", math.nan)
+        return f"{value:+.1f}" + ("" if math.isnan(half) else f" [{value - half:+.1f}, {value + half:+.1f}]")
 
     columns = ("plain", "residual", "difference")
     return pd.DataFrame({c: [cell(row, c) for _, row in table.iterrows()] for c in columns}, index=table.index)
@@ -886,7 +919,7 @@ def to_markdown(table):
 
 # One colour a net, everywhere (the Okabe-Ito palette, told apart by colour-blind readers too).
 COLOURS = {"plain18": "#CC79A7", "resnet18": "#56B4E9", "plain34": "#E69F00", "resnet34": "#0072B2",
-           "plain50": "#D55E00", "resnet50": "#009E73"}
+           "plain50": "#D55E00", "resnet50": "#009E73", "plain152": "#999999", "resnet152": "#000000"}
 plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 11, "figure.dpi": 100,
                      "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"})
 
@@ -926,49 +959,74 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy")):
     return figure
 
 
+def plot_depths(runs, metric="val_accuracy", heading=""):
+    """Draw the last epoch's `metric` against depth: a point a run, a line through the means of each kind of net."""
+    last = runs[runs.epoch == runs.epochs].assign(depth=lambda r: r.model.map(MODELS), kind=lambda r: r.model.str[:-2])
+    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    for kind, style in (("plain", "--"), ("resnet", "-")):
+        group = last[last.kind == kind].sort_values("depth")
+        means = group.groupby("depth")[metric].mean()
+        axis.plot(means.index, 100 * means, style, color="#666666", zorder=1)
+        axis.scatter(group.depth, 100 * group[metric], color=group.model.map(COLOURS), s=45, zorder=2)
+        axis.annotate({"plain": "plain", "resnet": "residual"}[kind], (means.index[-1], 100 * means.iloc[-1]),
+                      (10, 0), textcoords="offset points", va="center")
+    ylabel = {"val_accuracy": "validation accuracy, %", "accuracy": "training accuracy, %"}[metric]
+    axis.set(xlabel="layers", ylabel=ylabel, xticks=sorted(last.depth.unique()), title=heading)
+    axis.margins(x=0.15)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_signals(signals, column, heading):
+    """Draw one column of `unit_signals` for several nets ({name: DataFrame}), a panel a depth."""
+    depths = sorted({MODELS[name] for name in signals})
+    figure, axes = plt.subplots(1, len(depths), figsize=(8, 3), sharey=True, layout="constrained", squeeze=False)
+    for axis, depth in zip(axes.flat, depths):
+        for name in (f"plain{depth}", f"resnet{depth}"):
+            values = signals[name][column].to_numpy()
+            axis.plot(range(1, len(values) + 1), values, color=COLOURS[name], marker=".", label=title(name))
+        axis.set(xlabel="unit", yscale="log" if column == "gradient" else "linear")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=10, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel({"signal": "output, root mean square", "gradient": "gradient, norm"}[column])
+    figure.suptitle(heading, fontsize=12)
+    return figure
+
+
 def plot_unit(model, unit, axis=None):
     """Draw one unit of a built net, such as "conv3_block1": the residual branch and, if there is one, the shortcut."""
-    axis = axis or plt.gca()
+    axis, colour = axis or plt.gca(), COLOURS.get(model.name, "#666666")
     layers = [layer for layer in model.layers if layer.name.startswith(unit + "_")]
-    colour = COLOURS.get(model.name, "#666666")
-    branch = [layer for layer in layers if "_0_" not in layer.name and not layer.name.endswith(("_add", "_out"))]
     projection = [layer for layer in layers if "_0_" in layer.name]
-    has_shortcut = any(layer.name.endswith("_add") for layer in layers)
 
-    def text(layer):
+    def words(layer):
+        if layer.name.endswith("_add"):
+            return "F(x) + " + ("W x" if projection else "x")
         if hasattr(layer, "kernel"):
-            stride = f", stride {layer.strides[0]}" if layer.strides[0] > 1 else ""
+            stride = f"\nstride {layer.strides[0]}" if layer.strides[0] > 1 else ""
             return f"{layer.kernel_size[0]}x{layer.kernel_size[0]} conv, {layer.filters}{stride}"
-        return "batch norm" if "bn" in layer.name else "ReLU"
+        return "batch norm" if layer.name.endswith("_bn") else "ReLU"
 
-    def box(x, y, words, face="white"):
-        axis.text(x, y, words, ha="center", va="center", fontsize=10,
-                  bbox={"boxstyle": "round,pad=0.35", "facecolor": face, "edgecolor": colour})
+    def box(x, y, text):
+        face = "#EEEEEE" if "F(x)" in text else "white"
+        axis.text(x, y, text, ha="center", va="center", fontsize=10,
+                  bbox={"boxstyle": "round,pad=0.3", "facecolor": face, "edgecolor": colour})
 
-    def arrow(start, end):
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#333333"})
-
-    bottom, tops = -len(branch) - 1, []
-    axis.text(0, 0, "x", ha="center", va="center", fontsize=12, style="italic")
-    for i, layer in enumerate(branch, 1):
-        arrow((0, 1 - i - 0.15), (0, -i + 0.3))
-        box(0, -i, text(layer))
-        tops.append(-i)
-    arrow((0, tops[-1] - 0.3), (0, bottom + 0.25))
-    if has_shortcut:
-        box(0, bottom, "add: F(x) + " + ("W x" if projection else "x"), face="#EEEEEE")
-        axis.plot([0.15, 2.1, 2.1], [0, 0, bottom], color="#333333", linewidth=1.2)
-        arrow((2.1, bottom), (0.9, bottom))
+    main = ["x", *(words(layer) for layer in layers if layer not in projection)]
+    arrow = {"arrowstyle": "->", "color": "#333333", "shrinkB": 9}  # in points: ends at the next box's edge
+    for i, text in enumerate(main):
+        axis.annotate("", (0, -i - 1), (0, -i), arrowprops=arrow)  # drawn first, so that its start hides behind the box
+        box(0, -i, text)
+    if any("F(x)" in text for text in main):
+        side, end = 2.4, 2 - len(main)
+        axis.plot([0, side, side, 0], [0, 0, end, end], color="#333333", linewidth=1.2, zorder=0)
         for i, layer in enumerate(projection):
-            box(2.1, (bottom + len(projection) - 1) / 2 - i, text(layer))
+            box(side, end / 2 + 0.6 - 1.2 * i, words(layer))
         if not projection:
-            axis.text(2.2, bottom / 2, "shortcut\n(identity)", va="center", fontsize=10)
-        arrow((0, bottom - 0.3), (0, bottom - 0.7))
-    end = bottom - 1 if has_shortcut else bottom
-    box(0, end, "ReLU")
-    arrow((0, end - 0.3), (0, end - 0.8))
-    axis.set(xlim=(-1.4, 3.5), ylim=(-9.2, 0.5))
-    axis.set_title(f"{title(model.name)}, {unit}", fontsize=11, loc="left")
+            axis.text(side + 0.1, end / 2, "shortcut\n(identity)", va="center", fontsize=10)
+    axis.set(xlim=(-1.3, 4), ylim=(-len(main) - 0.2, 0.6))
+    axis.set_title(f"{title(model.name)}, {unit}", fontsize=11)
     axis.axis("off")
     return axis
 
@@ -976,3 +1034,8 @@ def plot_unit(model, unit, axis=None):
 def save_figure(figure, path):
     """Save a figure as PNG on white; the folder is made if needed."""
     _write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def save_text(text, path):
+    """Save a text file; the folder is made if needed."""
+    _write_whole(path, lambda file: file.write(text.encode()))

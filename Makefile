@@ -1,0 +1,51 @@
+PYTHON ?= python3
+BIN := .venv/bin
+NOTEBOOKS := 01_data 02_models 03_training 04_ablation
+SEEDS ?= 0 1 2
+NETWORKS ?= plain34, resnet34, plain50, resnet50, plain18, resnet18
+# Runs one notebook, prints what its cells print while they run, and keeps the executed copy in build/.
+PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-progress-bar --stdout-file /dev/stdout
+
+.PHONY: run full test render clean
+
+# All four notebooks in the quick profile; the committed ones stay as they are.
+run: .venv/installed
+	@mkdir -p build/notebooks
+	@set -e; export RESNET_PROFILE=quick; n=0; \
+	$(BIN)/python -c "import resnet_helpers as rh; rh.load_data(rh.prepare_dataset())"; \
+	for name in $(NOTEBOOKS); do \
+		n=$$((n + 1)); echo; echo "=== [$$n/4] notebooks/$$name.ipynb ==="; \
+		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb; \
+	done; \
+	$(BIN)/python -c "import resnet_helpers as rh; rh.print_table()"; \
+	echo "Executed notebooks: build/notebooks/"
+
+# The full grid, seed by seed; what is there is not trained again, what was cut off goes on.
+full: .venv/installed
+	@mkdir -p build/notebooks
+	@set -e; for seed in $(SEEDS); do \
+		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb \
+			-p profile full -y "{seeds: [$$seed], networks: [$(NETWORKS)]}"; \
+	done
+
+# The committed notebooks, anew from the full results.
+render: .venv/installed
+	@set -e; cd notebooks; for name in $(NOTEBOOKS); do \
+		echo "notebooks/$$name.ipynb"; RESNET_PROFILE=full ../$(BIN)/jupyter execute --inplace $$name.ipynb; \
+	done
+
+test: .venv/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-tests: .venv/installed tests/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf build .venv results/quick results/test

@@ -1,0 +1,341 @@
+import functools
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import resnet_helpers as rh
+
+
+@functools.cache
+def shared_net(name, size=32, classes=2, **options):
+    """A net for tests that do not change it."""
+    return rh.create_model(name, (size, size, 3), classes, **options)
+
+
+def random_images(size, count=4):
+    return np.random.default_rng(0).random((count, size, size, 3)).astype(keras.config.floatx())
+
+
+def trainable(model):
+    return sum(weight.shape.num_elements() for weight in model.trainable_weights)
+
+
+def layer_weights(model):
+    return {layer.name: layer.get_weights() for layer in model.layers if layer.weights}
+
+
+def difference(actual, expected):
+    """The largest difference, relative to the largest value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+def randomize(model, seed=0):
+    """Random batch norms and biases, around statistics that fit the net: else the image's signal dies or explodes."""
+    rng = np.random.default_rng(seed)
+    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    for layer in norms:
+        layer.gamma.assign(rng.uniform(0.5, 1.5, layer.gamma.shape))
+        layer.beta.assign(rng.normal(0, 0.3, layer.beta.shape))
+        layer.momentum = 0.0
+    model(random_images(model.input_shape[1], 16), training=True)
+    for layer in norms:
+        *_, mean, variance = layer.get_weights()
+        layer.moving_mean.assign(mean + 0.2 * np.sqrt(variance) * rng.normal(size=mean.shape))
+        layer.moving_variance.assign((variance + 0.1 * variance.mean()) * rng.uniform(0.5, 1.5, mean.shape))
+    bias = model.get_layer("predictions").bias
+    bias.assign(rng.normal(size=bias.shape))
+    return model
+
+
+def input_gradient(model, images, labels):
+    """Logits, and the gradient of the cross-entropy with respect to the images."""
+    images = tf.constant(images)
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        logits = model(images, training=False)
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+    return logits.numpy(), tape.gradient(loss, images).numpy()
+
+
+def kernel_gradients(model, images, labels, names):
+    kernels = [model.get_layer(name).kernel.value for name in names]
+    with tf.GradientTape() as tape:
+        logits = model(images, training=True)
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+    return [gradient.numpy() for gradient in tape.gradient(loss, kernels)]
+
+
+# ------------------------------------------------------------------------------------- other implementations
+
+
+@pytest.mark.parametrize("depth", [50, 101, 152])
+def test_parity_with_keras_applications(depth):
+    weights = None
+    for size, count in ((64, 4), (224, 2), *([(32, 4)] if depth == 50 else [])):
+        ours = rh.create_model(f"resnet{depth}", (size, size, 3), 10)
+        if weights:
+            ours.set_weights(weights)
+        weights = randomize(ours).get_weights() if size == 64 else weights
+        theirs = getattr(keras.applications, f"ResNet{depth}")(
+            weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None)
+        copied = layer_weights(ours)
+        assert copied.keys() == layer_weights(theirs).keys()
+        for name, arrays in copied.items():
+            layer = theirs.get_layer(name)
+            if isinstance(layer, keras.layers.Conv2D):
+                arrays = [*arrays, np.zeros(layer.filters)]  # theirs adds a bias, which the batch norm takes away
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.epsilon = 1e-5
+            layer.set_weights(arrays)
+        images = random_images(size, count)
+        logits = theirs(images, training=False)
+        assert np.ptp(logits, axis=0).max() > 1e-2 * np.abs(logits).max()  # else the images would not matter
+        assert difference(ours(images, training=False), logits) <= 1e-5
+
+
+@pytest.fixture
+def double_precision():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+# In float32 rounding puts some of the millions of values on the other side of a ReLU's kink, where the gradient jumps.
+@pytest.mark.usefixtures("double_precision")
+@pytest.mark.parametrize("name, size, options", [
+    *((name, size, {}) for name in ("resnet18", "resnet34", "plain18", "plain34", "plain50") for size in (32, 64)),
+    *(("resnet50", size, {"stride_in": "3x3"}) for size in (32, 64)),
+    *(("resnet34", size, {"shortcut": "zero_pad"}) for size in (32, 64)),
+    ("plain50", 64, {"stride_in": "3x3"}),
+    ("resnet50", 32, {"shortcut": "zero_pad"}),
+    ("resnet18", 32, {"shortcut": "projection_all"}),
+    ("resnet18", 32, {"stem": "cifar"}),
+    ("resnet18", 96, {}),
+], ids=str)
+def test_parity_with_pytorch(name, size, options):
+    torch = pytest.importorskip("torch", reason="the independent reference is written in PyTorch (a test-only package)")
+    import reference_torch
+
+    ours = randomize(rh.create_model(name, (size, size, 3), 10, seed=1, **options))
+    shortcut = "none" if name.startswith("plain") else options.get("shortcut", "projection")
+    theirs = reference_torch.Net(int(name[-2:]), 10, shortcut, options.get("stride_in") == "3x3",
+                                 options.get("stem") == "cifar").double().eval()
+    theirs.load(layer_weights(ours))
+    images, labels = random_images(size), np.arange(4)
+    logits, gradient = input_gradient(ours, images, labels)
+
+    inputs = torch.tensor(images.transpose(0, 3, 1, 2), requires_grad=True)
+    outputs = theirs(inputs)
+    torch.nn.functional.cross_entropy(outputs, torch.tensor(labels)).backward()
+    outputs = outputs.detach().numpy()
+    assert np.ptp(outputs, axis=0).max() > 1e-2 * np.abs(outputs).max()  # else the images would not matter
+    assert difference(logits, outputs) <= 1e-11
+    assert difference(gradient, inputs.grad.numpy().transpose(0, 2, 3, 1)) <= 1e-11
+
+
+# ----------------------------------------------------------------------------------------------- convolution
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("shape", [
+    (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (1, 2), (2, 1), (1, 5), (3, 2), (6, 3)], ids=str)
+def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
+    rng, pad = np.random.default_rng(0), kernel_size // 2
+    inputs = tf.constant(rng.normal(size=(2, *shape, 3)), "float32")
+    layer = rh.Conv2D(4, kernel_size, strides=stride, padding="same", use_bias=False)
+    symbolic = layer(keras.Input((*shape, 3)))
+    kernel = layer.kernel.value
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(inputs)
+        outputs = layer(inputs)
+        padded = tf.pad(inputs, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        expected = keras.ops.conv(padded, kernel, strides=stride, padding="valid")
+        direction = tf.constant(rng.normal(size=expected.shape), "float32")
+        losses = [tf.reduce_sum(result * direction) for result in (outputs, expected)]
+    assert symbolic.shape[1:] == outputs.shape[1:]
+    assert difference(outputs, expected) <= 1e-5
+    for variable in (inputs, kernel):
+        assert difference(*(tape.gradient(loss, variable) for loss in losses)) <= 1e-5
+
+
+def test_saved_net_gives_the_same_outputs(tmp_path):
+    net = randomize(rh.build_resnet((32, 32, 3), [1] * 4, [4, 6, 8, 10], 3, shortcut="zero_pad"))
+    net.save(tmp_path / "net.keras")
+    loaded = keras.models.load_model(tmp_path / "net.keras")
+    np.testing.assert_array_equal(loaded(random_images(32)), net(random_images(32)))
+
+
+# ------------------------------------------------------------------------------------------ the paper's tables
+
+
+@pytest.mark.parametrize("name, count", [
+    ("resnet18", 11_689_512), ("resnet34", 21_797_672), ("plain34", 21_623_848), ("resnet50", 25_557_032),
+    ("plain50", 22_780_456), ("resnet101", 44_549_160), ("resnet152", 60_192_808),
+])
+def test_trainable_parameters_with_1000_classes(name, count):
+    net = shared_net(name, 224, 1000)
+    assert (trainable(net), rh.stage_table(net).loc["total", "parameters"]) == (count, count)
+
+
+@pytest.mark.parametrize("name, count", [
+    ("resnet34", 21_302_722), ("plain34", 21_127_106), ("resnet50", 23_565_250), ("plain50", 20_780_994),
+])
+def test_all_parameters_with_2_classes(name, count):
+    assert shared_net(name).count_params() == count
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_zero_padded_shortcuts_have_no_parameters(depth):
+    twins = shared_net(f"resnet{depth}", shortcut="zero_pad"), shared_net(f"plain{depth}")
+    assert trainable(twins[0]) == trainable(twins[1])
+
+
+# The paper gives one decimal. Its 18 and 34 have shortcuts without multiply-adds (Figure 3), its deeper nets
+# projections: without them ResNet-50 would have 3.5, with them it has 3.86, of which the paper prints 3.8.
+@pytest.mark.parametrize("name, options, units, billions", [
+    ("resnet18", {"shortcut": "zero_pad"}, [2, 2, 2, 2], 1.8),
+    ("resnet34", {"shortcut": "zero_pad"}, [3, 4, 6, 3], 3.6),
+    ("plain34", {}, [3, 4, 6, 3], 3.6),
+    ("resnet50", {}, [3, 4, 6, 3], 3.8),
+    ("resnet101", {}, [3, 4, 23, 3], 7.6),
+    ("resnet152", {}, [3, 8, 36, 3], 11.3),
+])
+def test_stage_table_is_table_1_of_the_paper(name, options, units, billions):
+    table = rh.stage_table(shared_net(name, 224, 1000, **options))
+    depth = rh.MODELS[name]
+    widths, layers = [64, 128, 256, 512], "1x1, {0}; 3x3, {0}; 1x1, {1}" if depth >= 50 else "3x3, {0}; 3x3, {0}"
+    outputs = [4 * width if depth >= 50 else width for width in widths]
+    sizes = [f"{size}x{size}x{n}" for size, n in zip((56, 28, 14, 7), outputs)]
+    assert list(table.index) == ["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "classifier", "total"]
+    assert list(table["output"]) == ["112x112x64", *sizes, "1000", ""]
+    assert list(table["layers"]) == ["7x7, 64", *map(layers.format, widths, outputs), "fc, 1000", ""]
+    assert list(table["units"]) == [0, *units, 0, sum(units)]
+    assert table.loc["total", "weight layers"] == depth
+    assert table.loc["total", "multiply-adds"] / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+# ------------------------------------------------------------------------------------------ twins and shortcuts
+
+
+@pytest.mark.parametrize("depth, units", [(18, 8), (34, 16), (50, 16)])
+def test_twins_differ_in_the_shortcuts_and_nothing_else(depth, units):
+    plain, residual = (shared_net(f"{kind}{depth}", seed=3) for kind in ("plain", "resnet"))
+    adds = [[layer.name for layer in net.layers if isinstance(layer, keras.layers.Add)] for net in (plain, residual)]
+    assert list(map(len, adds)) == [0, units]
+    common = [layer.name for layer in residual.layers if layer.name not in adds[1] and "_0_" not in layer.name]
+    assert sorted(common) == sorted(layer.name for layer in plain.layers)
+    weights = layer_weights(residual)
+    for name, arrays in layer_weights(plain).items():
+        for ours, twin in zip(arrays, weights[name], strict=True):
+            np.testing.assert_array_equal(ours, twin, name)
+
+
+def test_initial_weights_differ_between_layers_and_seeds():
+    nets = [rh.build_resnet((32, 32, 3), [2], [8], 2, seed=seed) for seed in (3, 4)]
+    names = "conv2_block1_1_conv", "conv2_block1_2_conv", "conv2_block2_1_conv"
+    kernels = [net.get_layer(name).get_weights()[0] for net in nets for name in names]
+    assert len({kernel.tobytes() for kernel in kernels}) == 6
+    assert np.std(kernels) == pytest.approx(np.sqrt(2 / (9 * 8)), rel=0.05)  # He initialisation
+
+
+def residual_branch_at_zero(name, before, unit, **options):
+    """One unit of a net as a model, with a residual branch that is 0, and an input for it with both signs."""
+    net = randomize(rh.create_model(name, seed=0, **options))
+    last = max(layer.name for layer in net.layers if re.fullmatch(rf"{unit}_[123]_bn", layer.name))
+    for weight in (net.get_layer(last).gamma, net.get_layer(last).beta):
+        weight.assign(np.zeros(weight.shape))
+    start = net.get_layer(before).output
+    x = np.random.default_rng(0).normal(size=(2, *start.shape[1:])).astype("float32")
+    return keras.Model(start, net.get_layer(f"{unit}_out").output), x
+
+
+@pytest.mark.parametrize("name", ["resnet34", "plain34", "resnet50", "plain50"])
+def test_unit_with_a_zero_branch_is_the_identity_or_dead(name):
+    unit, x = residual_branch_at_zero(name, "conv2_block1_out", "conv2_block2")
+    np.testing.assert_array_equal(unit(x), np.maximum(x, 0) if name.startswith("resnet") else np.zeros_like(x))
+
+
+@pytest.mark.parametrize("name, before, unit, stride", [
+    ("resnet34", "conv3_block4_out", "conv4_block1", 2),
+    ("resnet50", "pool1_pool", "conv2_block1", 1),
+    ("resnet50", "conv4_block6_out", "conv5_block1", 2),
+])
+def test_zero_padded_shortcut_subsamples_and_adds_empty_channels(name, before, unit, stride):
+    model, x = residual_branch_at_zero(name, before, unit, shortcut="zero_pad")
+    expected = np.zeros((len(x), *model.output_shape[1:]), "float32")
+    expected[..., : x.shape[-1]] = np.maximum(x[:, ::stride, ::stride], 0)
+    np.testing.assert_array_equal(model(x), expected)
+
+
+@pytest.mark.parametrize("shortcut, projections", [
+    ("zero_pad", {34: 0, 50: 0}), ("projection", {34: 3, 50: 4}), ("projection_all", {34: 16, 50: 16}),
+])
+def test_number_of_projections(shortcut, projections):
+    for depth, count in projections.items():
+        names = [layer.name for layer in shared_net(f"resnet{depth}", shortcut=shortcut).layers]
+        assert sum(name.endswith("_0_conv") for name in names) == count
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **options):
+    return rh.build_resnet_block(keras.Input((8, 8, 4)), 2, num_units, kernel_sizes, channel_sizes, **options)
+
+
+@pytest.mark.parametrize("build, received, allowed", [
+    (lambda: rh.create_model("resnet35"), "'resnet35'", "resnet34"),
+    (lambda: rh.create_model("plain18", shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
+    (lambda: rh.create_model("resnet50", stride_in="5x5"), "'5x5'", "1x1, 3x3"),
+    (lambda: rh.create_model("resnet18", stem="mnist"), "'mnist'", "imagenet, cifar"),
+    (lambda: rh.create_model("resnet18", num_classes=1), "1", "at least 2"),
+    (lambda: rh.create_model("resnet18", (32, 31, 3)), "(32, 31, 3)", "at least 32"),
+    (lambda: rh.create_model("resnet18", (7, 8, 3), stem="cifar"), "(7, 8, 3)", "at least 8"),
+    (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
+    (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2), "[2, 2] and [64]", "one entry for each stage"),
+    (lambda: small_block((3, 3), (4,)), "[3, 3] and [4]", "one entry for each convolution"),
+    (lambda: small_block((), ()), "[] and []", "one entry for each convolution"),
+    (lambda: small_block(num_units=0), "num_units=0", "at least 1"),
+    (lambda: small_block(shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
+], ids=str)
+def test_errors_name_what_was_received_and_what_is_allowed(build, received, allowed):
+    with pytest.raises(ValueError, match=rf"Received: {re.escape(received)}\.") as error:
+        build()
+    assert allowed in str(error.value)
+
+
+# ------------------------------------------------------------------------------------- what goes through a net
+
+
+@pytest.mark.parametrize("stem, size, taps", [("imagenet", 8, np.eye(3)[1] * np.eye(3)[:, 1:2]), ("cifar", 32, 1)])
+def test_taps_that_see_only_padding_get_no_gradient(stem, size, taps):
+    net = shared_net("resnet34", seed=0, stem=stem)
+    assert net.get_layer("conv2_block1_out").output.shape[1:3] == (size, size)
+    weights = net.get_weights()
+    (gradient,) = kernel_gradients(net, random_images(32), [0, 1, 1, 0], ["conv5_block2_1_conv"])
+    net.set_weights(weights)
+    np.testing.assert_array_equal(np.abs(gradient).max((2, 3)) > 0, np.ones((3, 3)) * taps > 0)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "plain34"])
+def test_unit_signals(name):
+    net = rh.create_model(name, seed=0)
+    images, labels, before = random_images(32, 8), np.arange(8) % 2, net.get_weights()
+    table = rh.unit_signals(net, images, labels)
+    for weight, after in zip(before, net.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, after)
+    assert list(table.index) == [f"conv{stage}_block{i}" for stage, count in enumerate([3, 4, 6, 3], 2)
+                                 for i in range(1, count + 1)]
+    for unit in ("conv2_block1", "conv3_block1", "conv5_block3"):
+        gradients = kernel_gradients(net, images, labels, [f"{unit}_{i}_conv" for i in (1, 2)])
+        assert table.gradient[unit] == pytest.approx(np.sqrt(sum((g**2).sum() for g in gradients)), rel=1e-4)
+        output = keras.Model(net.input, net.get_layer(f"{unit}_out").output)(images, training=True)
+        assert table.signal[unit] == pytest.approx(np.sqrt(np.square(output).mean()), rel=1e-4)

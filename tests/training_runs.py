@@ -1,0 +1,107 @@
+"""Small runs on made-up images, in this process or in another one; test_training.py and survival.py share them.
+
+As a program it trains one run: python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# The last batch of each split is a smaller one.
+SMALL = {"model": "resnet10", "profile": "test", "epochs": 2, "batch_size": 32, "train_images": 80, "val_images": 40}
+
+
+def write_images(path):
+    """Write a file as load_data does: noise, in which the second class is a little brighter."""
+    rng = np.random.default_rng(0)
+    arrays = {"class_names": np.array(["cat", "dog"])}
+    for split, count in (("train", 96), ("val", 48)):
+        labels = rng.integers(0, 2, count)
+        noise = rng.integers(0, 160, (count, 32, 32, 3)) + 60 * labels[:, None, None, None]
+        arrays |= {f"{split}_images": noise.astype("uint8"), f"{split}_labels": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+def add_small_nets(rh, setitem=dict.__setitem__):
+    """Make plain10 and resnet10 known, with one unit a stage: they start twice as fast as the smallest real nets."""
+    setitem(rh.DEPTHS, 10, ([1, 1, 1, 1], False))
+    for name in ("plain10", "resnet10"):
+        setitem(rh.MODELS, name, 10)
+
+
+def outcome(run):
+    """What must be the same, to the last digit, however often a run was cut off: all but times and places."""
+    history = {key: values for key, values in run["history"].items() if key != "seconds"}
+    rest = {key: value for key, value in run.items() if key not in ("history", "environment", "crc32")}
+    return {**rest, **history}
+
+
+def start(folder, changes=None, limit=300, env=None, **options):
+    """Train in another process, which is killed after `limit` seconds; `options` are those of `main`."""
+    arguments = [str(folder), json.dumps(changes or {}), json.dumps(options)]
+    process = subprocess.Popen([sys.executable, "-u", __file__, *arguments], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})})
+    timer = threading.Timer(limit, process.kill)
+    timer.daemon = True
+    timer.start()
+    return process
+
+
+def wait_for(process, text):
+    """Read what a process prints until a line has `text` in it."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"It ended without {text!r}:\n{''.join(lines)}")
+
+
+def finish(process):
+    """Wait for the end of a process and return what it printed."""
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    return printed
+
+
+def main(folder, changes, options):
+    """Options: modules to do `without`, a number of `devices`, and a file of `weights` to take the loss with."""
+    for name in options.get("without", ()):
+        sys.modules[name] = None  # an import of it now fails
+    if devices := options.get("devices"):
+        os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
+        import tensorflow as tf
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
+    sys.path.insert(0, str(ROOT))
+    import resnet_helpers as rh
+
+    add_small_nets(rh)
+    if devices:
+        rh._training_scope = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)]).scope
+    config = rh.make_config(**{**SMALL, **changes})
+    if "weights" in options:
+        print(json.dumps(losses(rh, options["weights"])), flush=True)
+    rh.train_run(config, folder)
+
+
+def losses(rh, weights):
+    """Loss of a net with given weights on given images, as in validation and as in training."""
+    data = rh.load_data()
+    model = rh.build_from_config(rh.make_config("resnet18", "test"), 2)
+    with np.load(weights) as file:
+        model.set_weights([file[str(i)] for i in range(len(file.files))])
+    images, labels = rh.normalize(data.val_images), data.val_labels
+    return [float(model.loss(labels, model(images, training=training))) for training in (False, True)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(json.loads, sys.argv[2:]))
