@@ -17,8 +17,10 @@ run: .venv/installed
 		n=$$((n + 1)); echo; echo "=== [$$n/4] notebooks/$$name.ipynb ==="; \
 		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb; \
 	done; \
-	$(BIN)/python -c "import resnet_helpers as rh; rh.print_table()"; \
-	echo "Executed notebooks: build/notebooks/"
+	$(BIN)/python -c "import resnet_helpers as rh; folder = rh.results_folder(); \
+		print('\nValidation accuracy in percent, a smoke run on', folder.name, '(no evidence):\n'); \
+		print((folder / 'ablation.md').read_text()); print('Runs and figures:', folder)"; \
+	echo "Executed notebooks: $(CURDIR)/build/notebooks"
 
 # The full grid, seed by seed; what is there is not trained again, what was cut off goes on.
 full: .venv/installed
