@@ -1,3 +1,5 @@
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := 01_data 02_models 03_training 04_ablation
@@ -5,6 +7,8 @@ SEEDS ?= 0 1 2
 NETWORKS ?= plain34, resnet34, plain50, resnet50, plain18, resnet18
 # Runs one notebook, prints what its cells print while they run, and keeps the executed copy in build/.
 PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-progress-bar --stdout-file /dev/stdout
+# Every kernel says that it is not encrypted; on one's own machine nobody needs to read that four times.
+CALM := 2>&1 | grep --line-buffered -v IPKernelApp
 
 .PHONY: run full test render clean
 
@@ -15,7 +19,7 @@ run: .venv/installed
 	$(BIN)/python -c "import resnet_helpers as rh; rh.load_data(rh.prepare_dataset())"; \
 	for name in $(NOTEBOOKS); do \
 		n=$$((n + 1)); echo; echo "=== [$$n/4] notebooks/$$name.ipynb ==="; \
-		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb; \
+		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb $(CALM); \
 	done; \
 	$(BIN)/python -c "import resnet_helpers as rh; folder = rh.results_folder(); \
 		print('\nValidation accuracy in percent, a smoke run on', folder.name, '(no evidence):\n'); \
@@ -27,13 +31,13 @@ full: .venv/installed
 	@mkdir -p build/notebooks
 	@set -e; for seed in $(SEEDS); do \
 		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb \
-			-p profile full -y "{seeds: [$$seed], networks: [$(NETWORKS)]}"; \
+			-p profile full -y "{seeds: [$$seed], networks: [$(NETWORKS)]}" $(CALM); \
 	done
 
 # The committed notebooks, anew from the full results.
 render: .venv/installed
 	@set -e; cd notebooks; for name in $(NOTEBOOKS); do \
-		echo "notebooks/$$name.ipynb"; RESNET_PROFILE=full ../$(BIN)/jupyter execute --inplace $$name.ipynb; \
+		echo "notebooks/$$name.ipynb"; RESNET_PROFILE=full ../$(BIN)/jupyter execute --inplace $$name.ipynb $(CALM); \
 	done
 
 test: .venv/installed-tests

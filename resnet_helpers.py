@@ -137,7 +137,7 @@ def _store_digits(where):
         digits = load_digits()
         images = np.repeat((digits.images * 255 / 16).astype("uint8")[..., None], 3, axis=-1)
         features = {"image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
-        examples = [{"image": image, "label": label} for image, label in zip(images, digits.target)]
+        examples = [(i, {"image": images[i], "label": label}) for i, label in enumerate(digits.target)]
         tfds.dataset_builders.store_as_tfds_dataset(
             DIGITS, "1.0.0", tfds.features.FeaturesDict(features), {"train": examples}, data_dir=where
         )
@@ -204,17 +204,17 @@ def _decode(name, image_size):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    def resize(image, label):
-        image = tf.image.resize(image, [image_size, image_size], antialias=True)
-        return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8), label
+    def resize(example):
+        image = tf.image.resize(example["image"], [image_size, image_size], antialias=True)
+        return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8), example["label"]
 
     options = tf.data.Options()
     options.autotune.enabled = False  # its thread holds up the end of a pass by up to a minute
     read = tfds.ReadConfig(options=options, try_autocache=False)
     arrays = []
     try:
-        splits, info = tfds.load(name, split=SPLITS, data_dir=data_dir(), as_supervised=True, with_info=True,
-                                 read_config=read, download=False)
+        splits, info = tfds.load(name, split=SPLITS, data_dir=data_dir(), with_info=True, read_config=read,
+                                 download=False)
         for split in splits:
             batches = list(split.map(resize, num_parallel_calls=os.cpu_count()).batch(512).as_numpy_iterator())
             empty = (np.zeros((0, image_size, image_size, 3), "uint8"), np.zeros(0, "int64"))
@@ -570,6 +570,7 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
         if differ:
             raise ValueError(f"{path} holds another run ({'; '.join(differ)}). Choose another folder, or retrain=True.")
         print(f"{title(config['model'])}, seed {config['seed']}: loaded {path.name}, not trained again", flush=True)
+        _tidy(path)
         return run
     _write_whole(path.with_suffix(".tmp"), lambda file: file.write(b""))  # find out now, not after hours
     path.with_suffix(".tmp").unlink()
@@ -583,7 +584,7 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
         if not 0 < count <= len(images):
             raise ValueError(f"{split}_images must be from 1 to {len(images)} (all there are). Received: {count}.")
         parts[split] = Batches(images[:count], labels[:count], config["batch_size"], split == "train", config["seed"])
-    with _training_scope():
+    with _training_scope(config):
         model = build_from_config(config, len(data.class_names))
         model.optimizer.build(model.trainable_variables)
     run = {"config": config, "status": "finished", "history": {key: [] for key in HISTORY},
@@ -601,9 +602,14 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
             batch = normalize(data.train_images[: config["batch_size"]]), data.train_labels[: config["batch_size"]]
             run["unit_signals"] = unit_signals(model, *batch).round(6).to_dict("list")
     _write_run(path, run)
-    for left in path.parent.glob(f"*{recorder.checkpoint.name}*"):
-        left.unlink(missing_ok=True)
+    _tidy(path)
     return run
+
+
+def _tidy(path):
+    """Remove what training leaves beside a finished run's file, also what was left by a kill while saving."""
+    for left in (path.with_suffix(".ckpt"), path.with_suffix(".tmp"), *path.parent.glob(f".{path.stem}.*")):
+        left.unlink(missing_ok=True)
 
 
 def train_runs(configs, folder=None, retrain=False):
@@ -634,7 +640,9 @@ class _Recorder(keras.callbacks.Callback):
                 values = [file[str(i)] for i in range(len(file.files) - 1)]
             if saved["config"] != self.run["config"]:
                 raise ValueError("it belongs to another configuration")
-            for variable, value in zip(self._state(), values, strict=True):
+            if [value.shape for value in values] != [tuple(variable.shape) for variable in self._state()]:
+                raise ValueError("it belongs to another net")
+            for variable, value in zip(self._state(), values):
                 variable.assign(value)
         except Exception as error:
             aside = self.checkpoint.with_suffix(".damaged")
@@ -709,13 +717,21 @@ class _Live:
             self.handle = display(content, raw=raw, display_id=True)
 
 
-def _training_scope():
-    """Scope to build a net in: all GPUs of this machine where TensorFlow sees several, else nothing special."""
+def _training_scope(config, kind="GPU"):
+    """Scope to build a net in: the GPUs of this machine where TensorFlow sees several, else nothing special.
+
+    Takes as many as get equal parts of a batch, and at least one image each of the smaller last ones of both splits.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        if len(tf.config.list_logical_devices("GPU")) > 1:
-            return tf.distribute.MirroredStrategy().scope()
+        devices, size = tf.config.list_logical_devices(kind), config["batch_size"]
+        batches = [n for key in ("train_images", "val_images") for n in (min(config[key], size), config[key] % size)]
+        while len(devices) > 1:
+            parts = [math.ceil(n / len(devices)) for n in batches]  # TensorFlow deals out so many at a time
+            if size % len(devices) == 0 and all(n > part * (len(devices) - 1) for n, part in zip(batches, parts) if n):
+                return tf.distribute.MirroredStrategy([device.name for device in devices]).scope()
+            devices.pop()
     return contextlib.nullcontext()
 
 
@@ -776,7 +792,8 @@ def _write_whole(path, write):
     except OSError as error:
         raise type(error)(f"Cannot write {path} ({error.strerror or error}); nothing saved before is lost.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, it may not even be looked for
+            partial.unlink()
 
 
 def _checksum(run):

@@ -1,4 +1,39 @@
 import pathlib
 import sys
 
+import pytest
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import resnet_helpers as rh  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_tfds(tmp_path_factory):
+    """200 images of several sizes as a prepared cats_vs_dogs: reddish noise is a cat, bluish noise a dog."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    features = tfds.features.FeaturesDict({
+        "image": tfds.features.Image(shape=(None, None, 3)), "image/filename": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(names=["cat", "dog"])})
+    examples = []
+    for i, label in enumerate(rng.integers(0, 2, 200)):
+        image = rng.integers(0, 100, (*rng.integers(40, 70, 2), 3), dtype="uint8")
+        image[..., 2 * label] += 100
+        examples.append((i, {"image": image, "image/filename": f"{i}.jpg", "label": label}))
+    where = tmp_path_factory.mktemp("tfds")
+    tfds.dataset_builders.store_as_tfds_dataset("cats_vs_dogs", "4.0.1", features, {"train": examples}, data_dir=where)
+    return where
+
+
+@pytest.fixture
+def tiny_cats(tiny_tfds, tmp_path, monkeypatch):
+    """Make the tiny data set the one that is found; returns the test's folder, whose `cache` holds the decoded file."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds))
+    monkeypatch.setenv("RESNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RESNET_DATA", raising=False)
+    rh.load_data.cache_clear()
+    yield tmp_path
+    rh.load_data.cache_clear()

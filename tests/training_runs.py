@@ -3,6 +3,7 @@
 As a program it trains one run: python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -86,7 +87,7 @@ def main(folder, changes, options):
 
     add_small_nets(rh)
     if devices:
-        rh._training_scope = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)]).scope
+        rh._training_scope = functools.partial(rh._training_scope, kind="CPU")
     config = rh.make_config(**{**SMALL, **changes})
     if "weights" in options:
         print(json.dumps(losses(rh, options["weights"])), flush=True)

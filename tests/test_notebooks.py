@@ -1,0 +1,103 @@
+"""The committed notebooks as a reader meets them, and the same notebooks executed end to end on tiny data."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import resnet_helpers as rh
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|content|Users)/")
+TABLE = re.compile(r"<!-- ablation -->\n+(.*?)\n+<!-- /ablation -->", re.S)
+
+
+def outputs(cell):
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        yield output, "".join([*output.get("text", []), *data.get("text/plain", []), *data.get("text/html", [])])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_notebook_is_one_clean_run(path):
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 1_000_000 and "widgets" not in notebook["metadata"]
+    for cell in code:
+        source = "".join(cell["source"])
+        assert len(source.splitlines()) <= 16 and max(map(len, source.splitlines())) <= 105, source
+        for output, text in outputs(cell):
+            assert output["output_type"] != "error" and output.get("name") != "stderr", text
+            assert "\x1b" not in text and not MACHINE_PATH.search(text), text
+            assert not any("widget" in kind or "svg" in kind for kind in output.get("data", {}))
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda path: path.stem)
+def test_relative_links_lead_somewhere(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def papermill(path, out, parameters=""):
+    """Start the README's command for one notebook in a process of its own."""
+    command = [sys.executable, "-m", "papermill", path, out, "--cwd", path.parent, "-k", "python3", "--no-progress-bar"]
+    return subprocess.Popen([*map(str, command), *(["-y", parameters] if parameters else [])],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_notebooks_run_end_to_end(tiny_cats, tmp_path, monkeypatch):
+    """The series on tiny data; notebook 3 as two machines would run it, at the same time into one results folder."""
+    monkeypatch.setenv("RESNET_PROFILE", "test")
+    monkeypatch.setenv("RESNET_RESULTS", str(tmp_path / "results"))
+    data, models, training, ablation = NOTEBOOKS
+    stages = [[(data, "", "1")], [(models, "", "2")],
+              [(training, "{networks: [plain34, resnet34], seeds: [0]}", "3a"),
+               (training, "{networks: [plain50, resnet50], seeds: [0]}", "3b")], [(ablation, "", "4")]]
+    for stage in stages:
+        started = [papermill(path, tmp_path / f"{name}.ipynb", parameters) for path, parameters, name in stage]
+        for process in started:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, said[-3000:]
+    runs = rh.read_runs(tmp_path / "results" / "test" / "cats_vs_dogs")
+    assert sorted(runs.model.unique()) == ["plain34", "plain50", "resnet34", "resnet50"] and len(runs) == 8
+    table = pd.read_csv(tmp_path / "results" / "test" / "cats_vs_dogs" / "ablation.csv", index_col=0)
+    pd.testing.assert_frame_equal(table, rh.ablation_table(runs), check_dtype=False)
+    assert "A SMOKE RUN" in (tmp_path / "4.ipynb").read_text()
+    for path in tmp_path.glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            assert not [text for output, text in outputs(cell) if output.get("name") == "stderr"], path.name
+
+
+def committed_runs():
+    runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    return rh.complete_seeds(runs[runs.shortcut.isin(["none", "projection"])])
+
+
+def test_readme_csv_and_histories_agree():
+    table = rh.ablation_table(committed_runs())
+    saved = pd.read_csv(ROOT / "results" / "ablation.csv", index_col=0)
+    pd.testing.assert_frame_equal(saved, table, check_dtype=False)
+    (shown,) = TABLE.findall((ROOT / "README.md").read_text())
+    markdown = rh.to_markdown(rh.percent_table(table)).strip()
+    assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
+
+
+def test_readme_pandas_lines_give_the_table(monkeypatch):
+    (lines,) = re.findall(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(lines.strip().splitlines()) <= 10
+    monkeypatch.chdir(ROOT)
+    scope = {}
+    exec(lines, scope)
+    table, ours = scope["table"], rh.ablation_table(committed_runs())
+    for depth in (34, 50):
+        assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"ResNet-{depth}"])
+        assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"ResNet-{depth}"])
