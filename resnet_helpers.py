@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import numbers
 import os
 import pathlib
 import platform
@@ -285,8 +286,8 @@ MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "res
 class Conv2D(keras.layers.Conv2D):
     """A convolution that pads alike on all sides, as the paper's nets do (Keras's "same" does so only at stride 1).
 
-    Where the output is one pixel, it leaves out the taps that can only see padding: one small matrix product, the same
-    numbers and gradients in a third of the time.
+    It has no bias. Where the output is one pixel, it leaves out the taps that can only see padding: one small matrix
+    product, the same numbers and gradients in a third of the time.
     """
 
     def call(self, inputs):
@@ -331,6 +332,8 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
         filters = channel_sizes[-1]
         if shortcut == "projection_all" or (shortcut == "projection" and residual.shape != x.shape):
             x = conv_bn(x, filters, 1, stride, f"{name}_0", seed)  # W_s x
+        elif filters < x.shape[-1]:
+            raise ValueError(f"Fewer channels need a projection. Received: {x.shape[-1]} to {filters}.")
         elif residual.shape != x.shape:
             x = keras.ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])))
         residual = keras.layers.Add(name=f"{name}_add")([x, residual])  # F(x) + x
@@ -391,10 +394,11 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     if len(units_per_block) != len(channels) or not channels:
         raise ValueError(f"units_per_block and channels need one entry for each stage. "
                          f"Received: {list(units_per_block)} and {list(channels)}.")
-    if len(input_shape) != 3 or not all(isinstance(n, int) for n in input_shape) or min(input_shape[:2]) < least:
+    if len(input_shape) != 3 or not all(isinstance(n, numbers.Integral) and n > 0 for n in input_shape) \
+            or min(input_shape[:2]) < least:
         raise ValueError(f"input_shape must be (height, width, channels) with at least {least} pixels each way, so "
                          f"that the net can halve the image. Received: {tuple(input_shape)}.")
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not isinstance(num_classes, numbers.Integral) or num_classes < 2:
         raise ValueError(f"num_classes must be a whole number of at least 2. Received: {num_classes!r}.")
     image = x = keras.Input(input_shape, name="image")
     kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
@@ -978,7 +982,8 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy")):
 
 def plot_depths(runs, metric="val_accuracy", heading=""):
     """Draw the last epoch's `metric` against depth: a point a run, a line through the means of each kind of net."""
-    last = runs[runs.epoch == runs.epochs].assign(depth=lambda r: r.model.map(MODELS), kind=lambda r: r.model.str[:-2])
+    last = runs[runs.epoch == runs.epochs]
+    last = last.assign(depth=last.model.map(MODELS), kind=last.model.str.rstrip("0123456789"))
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for kind, style in (("plain", "--"), ("resnet", "-")):
         group = last[last.kind == kind].sort_values("depth")
