@@ -35,7 +35,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no information lines from 
 
 @contextlib.contextmanager
 def _quiet_start():
-    """Hold back what native libraries print to stderr while they load; show it if loading fails."""
+    """Hold back what native libraries print to stderr while they load (an exception still shows)."""
     sys.stderr.flush()
     stderr, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 2)
@@ -62,6 +62,7 @@ PROFILES = {
 }
 SPLITS = ["train[:70%]", "train[70%:]"]
 DIGITS = "sklearn_digits"
+ZIP = "kagglecatsanddogs_5340.zip"  # the name that TFDS looks for
 RESULTS = pathlib.Path(os.environ.get("RESNET_RESULTS", pathlib.Path(__file__).resolve().parent / "results"))
 
 
@@ -106,15 +107,15 @@ def prepare_dataset(profile=None, url=None):
 
     cats_vs_dogs._URL = url or cats_vs_dogs._URL
     where = data_dir()
-    if not any(where.glob("downloads/**/*.zip")):  # a zip that the user put there needs no network
+    if not any(where.glob(f"downloads/**/*{ZIP}")):  # a zip that the user put there needs no network
         try:
             requests.head(cats_vs_dogs._URL, timeout=10)
         except requests.exceptions.RequestException as error:
             if profile == "full":
                 raise ConnectionError(
                     f"cats_vs_dogs is not prepared in {where} and cannot be downloaded ({type(error).__name__}). "
-                    "Connect once to download it (787 MB), set TFDS_DATA_DIR to a folder that holds it, put the zip "
-                    f"into {where / 'downloads' / 'manual'}, or choose RESNET_PROFILE=quick, which can use other data."
+                    "Connect once to download it (787 MB), set TFDS_DATA_DIR to a folder that holds it, put its zip "
+                    f"({ZIP}) into {where}/downloads/manual, or choose RESNET_PROFILE=quick, which can use other data."
                 ) from None  # the chain of network errors below it says nothing more
             line = "!" * 100
             print(f"{line}\n!! NO CATS, NO DOGS: cats_vs_dogs is not prepared here and there is no network.\n"
@@ -169,6 +170,8 @@ def load_data(name="cats_vs_dogs", image_size=32):
     """
     given = os.environ.get("RESNET_DATA")
     source = _prepared(name)
+    if given and not pathlib.Path(given).exists():
+        raise FileNotFoundError(f"RESNET_DATA names no file. Received: {given}.")
     if not given and not source:
         raise FileNotFoundError(f"{name} is not prepared in {data_dir()}; call prepare_dataset() first.")
     cache = pathlib.Path(os.environ.get("RESNET_CACHE", "~/.cache/resnet_helpers")).expanduser()
@@ -277,6 +280,7 @@ class Batches(keras.utils.PyDataset):
 # ---------------------------------------------------------------------------------------------- models
 
 # Units in conv2_x, conv3_x, conv4_x and conv5_x, and whether they are bottlenecks (paper, Table 1).
+SHORTCUTS = ("zero_pad", "projection", "projection_all")  # options A, B and C of the paper's section 4.1
 DEPTHS = {18: ([2, 2, 2, 2], False), 34: ([3, 4, 6, 3], False), 50: ([3, 4, 6, 3], True),
           101: ([3, 4, 23, 3], True), 152: ([3, 8, 36, 3], True)}
 MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "resnet")}
@@ -365,7 +369,7 @@ def build_resnet_block(input_layer, block_num, num_units, kernel_sizes, channel_
                          f"Received: {list(kernel_sizes)} and {list(channel_sizes)}.")
     if num_units < 1:
         raise ValueError(f"A stage needs at least 1 unit. Received: num_units={num_units}.")
-    _check("shortcut", shortcut, ("zero_pad", "projection", "projection_all"))
+    _check("shortcut", shortcut, SHORTCUTS)
     _check("stride_in", stride_in, ("1x1", "3x3"))
     stride = stride or (1 if block_num == 2 else 2)
     x = input_layer
@@ -493,8 +497,10 @@ NETWORK = ("model", "shortcut")  # what an ablation may vary; seeds repeat it, e
 def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
     """Return the configuration of one run as a dict; `changes` override single entries.
 
+    Entries that only say what is always done (schedule, augmentation) cannot be changed.
+
     Raises:
-        ValueError: an unknown model, profile or entry.
+        ValueError: an unknown model, profile, shortcut or entry.
     """
     profile = get_profile(profile)
     config = {
@@ -503,8 +509,10 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
         "augmentation": "flips, 4-pixel shifts", "stem": "imagenet", "stride_in": "1x1",
         "shortcut": "none" if model.startswith("plain") else "projection", "seed": seed, "profile": profile,
     }
+    free = [key for key in config if key not in ("model", "dataset", "schedule", "augmentation", "profile")]
     for key, value in changes.items():
-        config[_check("entry of a configuration", key, config)] = value
+        config[_check("entry of a configuration", key, free)] = value
+    _check("shortcut", config["shortcut"], ("none",) if model.startswith("plain") else SHORTCUTS)
     if dataset == DIGITS:
         config["train_images"], config["val_images"] = (
             min(config[key], count) for key, count in (("train_images", 1_258), ("val_images", 539)))
@@ -537,19 +545,23 @@ class Adam(keras.optimizers.Adam):
 OPTIMIZERS = {"adam": Adam, "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9)}
 
 
+def learning_rate(config):
+    """The schedule: linearly up to config["learning_rate"] for half an epoch, then down to 0 along a cosine."""
+    epoch = math.ceil(config["train_images"] / config["batch_size"])
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(1, config["epochs"] * epoch - epoch // 2), warmup_target=config["learning_rate"],
+        warmup_steps=max(1, epoch // 2))
+
+
 def build_from_config(config, num_classes):
-    """The compiled net of a configuration; its learning rate rises for half an epoch, then falls as a cosine."""
+    """The compiled net of a configuration."""
     _check("optimizer", config["optimizer"], OPTIMIZERS)
     options = {key: config[key] for key in ("stem", "stride_in", "seed")}
     if config["shortcut"] != "none":
         options["shortcut"] = config["shortcut"]
     model = create_model(config["model"], (config["image_size"], config["image_size"], 3), num_classes, **options)
-    epoch = math.ceil(config["train_images"] / config["batch_size"])
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, config["epochs"] * epoch - epoch // 2), warmup_target=config["learning_rate"],
-        warmup_steps=max(1, epoch // 2))
     model.compile(
-        OPTIMIZERS[config["optimizer"]](rate),
+        OPTIMIZERS[config["optimizer"]](learning_rate(config)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
         # XLA is four times slower than oneDNN on a CPU; on other devices Keras decides.
         jit_compile=False if keras.backend.backend() == "tensorflow" and _device().startswith("CPU") else "auto")
@@ -575,6 +587,7 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
             raise ValueError(f"{path} holds another run ({'; '.join(differ)}). Choose another folder, or retrain=True.")
         print(f"{title(config['model'])}, seed {config['seed']}: loaded {path.name}, not trained again", flush=True)
         _tidy(path)
+        os.utime(path.parent)  # the folder that was used last, for `results_folder`
         return run
     _write_whole(path.with_suffix(".tmp"), lambda file: file.write(b""))  # find out now, not after hours
     path.with_suffix(".tmp").unlink()
@@ -813,7 +826,7 @@ def _write_run(path, run):
 
 
 def results_folder(profile=None):
-    """Folder of a profile's runs: of the data set that was trained on last, should there be several."""
+    """Folder of a profile's runs: of the data set that was used last, should there be several."""
     folder = RESULTS / get_profile(profile)
     return max(folder.glob("*/"), key=lambda path: path.stat().st_mtime, default=folder / "cats_vs_dogs")
 
@@ -940,7 +953,8 @@ def to_markdown(table):
 
 # One colour a net, everywhere (the Okabe-Ito palette, told apart by colour-blind readers too).
 COLOURS = {"plain18": "#CC79A7", "resnet18": "#56B4E9", "plain34": "#E69F00", "resnet34": "#0072B2",
-           "plain50": "#D55E00", "resnet50": "#009E73", "plain152": "#999999", "resnet152": "#000000"}
+           "plain50": "#D55E00", "resnet50": "#009E73", "plain101": "#B39B00",
+           "resnet101": "#7A3E9D", "plain152": "#999999", "resnet152": "#000000"}
 plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 11, "figure.dpi": 100,
                      "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"})
 
@@ -987,6 +1001,8 @@ def plot_depths(runs, metric="val_accuracy", heading=""):
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for kind, style in (("plain", "--"), ("resnet", "-")):
         group = last[last.kind == kind].sort_values("depth")
+        if group.empty:
+            continue
         means = group.groupby("depth")[metric].mean()
         axis.plot(means.index, 100 * means, style, color="#666666", zorder=1)
         axis.scatter(group.depth, 100 * group[metric], color=group.model.map(COLOURS), s=45, zorder=2)
@@ -1024,7 +1040,7 @@ def plot_unit(model, unit, axis=None):
 
     def words(layer):
         if layer.name.endswith("_add"):
-            return "F(x) + " + ("W x" if projection else "x")
+            return "F(x) + " + ("$W_s$x" if projection else "x")
         if hasattr(layer, "kernel"):
             stride = f"\nstride {layer.strides[0]}" if layer.strides[0] > 1 else ""
             return f"{layer.kernel_size[0]}x{layer.kernel_size[0]} conv, {layer.filters}{stride}"

@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 
-import keras
 import numpy as np
 from training_runs import ROOT, SMALL, add_small_nets, finish, outcome, start, wait_for, write_images
 
@@ -136,7 +135,7 @@ def disk_full(folder):
         process = start(small)
         printed = process.communicate()[0]
         assert process.returncode and "No space left on device" in printed, printed
-        say(printed.strip().splitlines()[-1])
+        say(next(line for line in printed.splitlines() if line.startswith("OSError")))
         assert file_names(small) == ["resnet10-seed0.ckpt"], file_names(small)
         subprocess.run(["mount", "-o", "remount,size=400m", str(small)], check=True)
         assert "going on after epoch 1" in finish(start(small))
@@ -160,7 +159,7 @@ def flipped_bits(folder):
         run = {"config": config, "status": "finished", "history": {key: [] for key in rh.HISTORY}}
         recorder = rh._Recorder(run, checkpoint.with_suffix(".json"), None, None)
         recorder.set_model(model)
-        return recorder.restore(), [*map(keras.ops.convert_to_numpy, recorder._state())]
+        return recorder.restore(), [*map(rh.keras.ops.convert_to_numpy, recorder._state())]
 
     epochs, right = restore()
     assert epochs, "the kill came before the first checkpoint"

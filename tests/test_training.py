@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import types
-import zipfile
 
 import keras
 import numpy as np
@@ -127,7 +126,7 @@ def test_adam_equals_keras(rate):
         results.append(np.array(variable))
         state = [np.array(v) for v in optimizer.variables]
         results.append(np.concatenate([value.ravel() for value in state[2:]]))  # without steps and learning rate
-    assert np.abs(results[0] - start).min() > 1e-3
+    assert np.abs(results[0] - start).min() > 1e-4
     np.testing.assert_allclose(results[0], results[2], rtol=1e-6)
     np.testing.assert_allclose(results[1], results[3], rtol=1e-5, atol=1e-7)
 
@@ -139,20 +138,28 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def rewrite(path, **changes):
+    """Change entries of a checkpoint, or leave them out (None)."""
+    with np.load(path) as file:
+        arrays = {**file, **changes}
+    with open(path, "wb") as file:
+        np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+
+
 def make_foreign(path):
     with np.load(path) as file:
-        arrays = dict(file)
-    run = json.loads(str(arrays["run"]))
-    run["config"]["seed"] = 5
-    with open(path, "wb") as file:
-        np.savez(file, **{**arrays, "run": json.dumps(run)})
+        rewrite(path, run=str(file["run"]).replace('"seed": 0', '"seed": 5'))
 
 
-@pytest.mark.parametrize("damage", (truncate, lambda path: flip_bit(path, 3_000_000), make_foreign))
-def test_a_damaged_checkpoint_is_set_aside(whole, checkpoint, tmp_path, capsys, damage):
+def drop_last(path):
+    with np.load(path) as file:
+        rewrite(path, **{str(len(file.files) - 2): None})
+
+
+def test_after_a_damaged_checkpoint_the_run_starts_afresh(whole, checkpoint, tmp_path, capsys):
     copy = tmp_path / checkpoint.name
     copy.write_bytes(checkpoint.read_bytes())
-    damage(copy)
+    flip_bit(copy, 3_000_000)
     damaged = copy.read_bytes()
     train_and_compare(tmp_path, whole, "resnet10-seed0.damaged")
     assert (tmp_path / "resnet10-seed0.damaged").read_bytes() == damaged
@@ -160,22 +167,30 @@ def test_a_damaged_checkpoint_is_set_aside(whole, checkpoint, tmp_path, capsys, 
     assert "checkpoint cannot be used" in printed and "resnet10-seed0.damaged" in printed
 
 
-def test_a_checkpoint_that_does_not_fit_changes_no_weights(checkpoint, tmp_path):
-    """All of it or nothing: the net that starts afresh must not keep half of another one's weights."""
+@pytest.fixture(scope="module")
+def recorder(small_world):
+    """Of a net that is about to train."""
     model = rh.build_from_config(config(), 2)
     model.optimizer.build(model.trainable_variables)
-    copy = tmp_path / checkpoint.name
-    with np.load(checkpoint) as file, zipfile.ZipFile(copy, "w") as out:
-        last = f"{len(file.files) - 2}.npy"
-        out_names = [name for name in file.zip.namelist() if name != last]
-        for name in out_names:
-            out.writestr(name, file.zip.read(name))
-    before = model.get_weights()
     run = {"config": config(), "status": "finished", "history": {key: [] for key in rh.HISTORY}}
-    recorder = rh._Recorder(run, tmp_path / "resnet10-seed0.json", None, None)
+    recorder = rh._Recorder(run, rh.pathlib.Path("none"), None, None)
     recorder.set_model(model)
+    return recorder
+
+
+@pytest.mark.parametrize("damage, reason", ((truncate, "not a zip file"), (make_foreign, "another configuration"),
+                                            (lambda path: rewrite(path, **{"0": np.ones(3)}), "another net"),
+                                            (drop_last, "another net")))
+def test_a_checkpoint_that_cannot_be_used_changes_nothing(recorder, checkpoint, tmp_path, capsys, damage, reason):
+    """All of it or nothing: the net that starts afresh must not keep half of another one's weights."""
+    recorder.checkpoint = tmp_path / checkpoint.name
+    recorder.checkpoint.write_bytes(checkpoint.read_bytes())
+    damage(recorder.checkpoint)
+    before = recorder.model.get_weights()
     assert recorder.restore() == 0
-    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights()))
+    assert all(np.array_equal(a, b) for a, b in zip(before, recorder.model.get_weights()))
+    assert not recorder.history["loss"] and reason in capsys.readouterr().out
+    assert [path.suffix for path in tmp_path.iterdir()] == [".damaged"]
 
 
 def fail(reason):
@@ -349,7 +364,7 @@ def test_other_backends_agree_and_train_without_tensorflow(tmp_path, backend):
     model = rh.create_model("resnet18", seed=3)
     weights = tmp_path / "weights.npz"
     np.savez(weights, **{str(i): value for i, value in enumerate(model.get_weights())})
-    printed = finish(start(tmp_path / "results", {"epochs": 1, "train_images": 20, "val_images": 12, "batch_size": 16},
+    printed = finish(start(tmp_path / "results", {"epochs": 1, "train_images": 16, "val_images": 16, "batch_size": 16},
                            env={"KERAS_BACKEND": backend}, weights=str(weights),
                            without=["tensorflow", "tensorflow_datasets"]))
     received = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
