@@ -955,7 +955,7 @@ def to_markdown(table):
 COLOURS = {"plain18": "#CC79A7", "resnet18": "#56B4E9", "plain34": "#E69F00", "resnet34": "#0072B2",
            "plain50": "#D55E00", "resnet50": "#009E73", "plain101": "#B39B00",
            "resnet101": "#7A3E9D", "plain152": "#999999", "resnet152": "#000000"}
-plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 11, "figure.dpi": 100,
+plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 11, "figure.dpi": 90,
                      "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"})
 
 
@@ -1023,7 +1023,7 @@ def plot_signals(signals, column, heading):
         for name in (f"plain{depth}", f"resnet{depth}"):
             values = signals[name][column].to_numpy()
             axis.plot(range(1, len(values) + 1), values, color=COLOURS[name], marker=".", label=title(name))
-        axis.set(xlabel="unit", yscale="log" if column == "gradient" else "linear")
+        axis.set(xlabel="unit", **({"yscale": "log"} if column == "gradient" else {"ylim": (0, None)}))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=10, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
         axis.grid(alpha=0.3)

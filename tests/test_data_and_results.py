@@ -85,7 +85,10 @@ def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch,
 @pytest.mark.parametrize("call, words", [
     (lambda: rh.get_profile("fast"), "Received: 'fast'. Allowed: full, quick, test"),
     (lambda: rh.make_config("resnet35"), "Received: 'resnet35'. Allowed: plain18, resnet18"),
-    (lambda: rh.make_config("resnet34", epoch=3), "Received: 'epoch'. Allowed: model, dataset"),
+    (lambda: rh.make_config("resnet34", epoch=3), "Received: 'epoch'. Allowed: image_size, batch_size"),
+    (lambda: rh.make_config("resnet34", schedule="constant"), "Received: 'schedule'. Allowed: image_size"),
+    (lambda: rh.make_config("resnet34", shortcut="none"), "Received: 'none'. Allowed: zero_pad, projection"),
+    (lambda: rh.make_config("plain34", shortcut="projection"), "Received: 'projection'. Allowed: none"),
     (lambda: rh.build_from_config(rh.make_config("resnet18", optimizer="lion"), 2), "Received: 'lion'. Allowed: adam"),
 ])
 def test_errors_name_what_is_allowed(call, words):
