@@ -14,7 +14,6 @@ import pytest
 import resnet_helpers as rh
 from training_runs import SMALL, add_small_nets, finish, losses, outcome, start, wait_for, write_images
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras and NumPy 2
 
 
 @pytest.fixture(scope="module", autouse=True)
