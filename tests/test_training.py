@@ -15,7 +15,6 @@ import resnet_helpers as rh
 from training_runs import SMALL, add_small_nets, finish, losses, outcome, start, wait_for, write_images
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def small_world(tmp_path_factory):
     """Small nets, and made-up images in place of the real ones."""
