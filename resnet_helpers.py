@@ -47,11 +47,11 @@ def _quiet_start():
         os.close(sink)
 
 
-logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its advice on retracing does not apply: each net is new
 with _quiet_start():
     import keras
 
     keras.ops.zeros(())  # the first operation starts the device, which prints too
+logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its advice on retracing does not apply: each net is new
 
 # ------------------------------------------------------------------------------------------------ data
 
