@@ -1023,10 +1023,12 @@ def plot_signals(signals, column, heading):
         for name in (f"plain{depth}", f"resnet{depth}"):
             values = signals[name][column].to_numpy()
             axis.plot(range(1, len(values) + 1), values, color=COLOURS[name], marker=".", label=title(name))
-        axis.set(xlabel="unit", **({"yscale": "log"} if column == "gradient" else {"ylim": (0, None)}))
+        axis.set(xlabel="unit", yscale="log" if column == "gradient" else "linear")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=10, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
         axis.grid(alpha=0.3)
+    if column == "signal":
+        axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel({"signal": "output, root mean square", "gradient": "gradient, norm"}[column])
     figure.suptitle(heading, fontsize=12)
     return figure
