@@ -984,8 +984,8 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy")):
                           label=title(model) if style == "-" else None)
                 if curves.shape[1] > 1:
                     axis.plot(curves, style, color=colour, linewidth=0.6)
-        axis.set(xlabel="epoch", title=f"{metric} (solid: training, dashed: validation)")
-        axis.title.set_fontsize(10)
+        axis.set_title(f"{metric} (solid: training, dashed: validation)", fontsize=10)
+        axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes.flat[-1].legend(fontsize=10, frameon=False)
