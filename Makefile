@@ -10,7 +10,7 @@ PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-
 # Every kernel says that it is not encrypted; on one's own machine nobody needs to read that four times.
 CALM := 2>&1 | grep --line-buffered -v IPKernelApp
 
-.PHONY: run full test render clean
+.PHONY: run full checks test render clean
 
 # All four notebooks in the quick profile; the committed ones stay as they are.
 run: .venv/installed
@@ -33,6 +33,16 @@ full: .venv/installed
 		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb \
 			-p profile full -y "{seeds: [$$seed], networks: [$(NETWORKS)]}" $(CALM); \
 	done
+
+# Beside the grid, one seed: other learning rates, and shortcuts without parameters. Notebook 4 shows both.
+checks: .venv/installed
+	@mkdir -p build/notebooks
+	@set -e; train="$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training"; \
+	for rate in 0.0003 0.003; do \
+		$$train-rate$$rate.ipynb -p profile full \
+			-y "{networks: [plain34, resnet34, plain50, resnet50], changes: {learning_rate: $$rate}}" $(CALM); \
+	done; \
+	$$train-zero_pad.ipynb -p profile full -y "{networks: [resnet34, resnet50], changes: {shortcut: zero_pad}}" $(CALM)
 
 # The committed notebooks, anew from the full results.
 render: .venv/installed

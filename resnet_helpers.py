@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -492,6 +493,8 @@ def unit_signals(model, images, labels):
 # -------------------------------------------------------------------------------------------- training
 
 NETWORK = ("model", "shortcut")  # what an ablation may vary; seeds repeat it, everything else must be equal
+COMPARABLE = ("backend", "device", "images_crc32")  # of the environment: must be equal too
+RATE = 1e-3  # the learning rate of all runs but those that check it
 
 
 def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
@@ -505,7 +508,7 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
     profile = get_profile(profile)
     config = {
         "model": _check("model", model, MODELS), "dataset": dataset, "image_size": 32, "batch_size": 64,
-        **PROFILES[profile], "optimizer": "adam", "learning_rate": 1e-3, "schedule": "half an epoch up, cosine down",
+        **PROFILES[profile], "optimizer": "adam", "learning_rate": RATE, "schedule": "half an epoch up, cosine down",
         "augmentation": "flips, 4-pixel shifts", "stem": "imagenet", "stride_in": "1x1",
         "shortcut": "none" if model.startswith("plain") else "projection", "seed": seed, "profile": profile,
     }
@@ -520,15 +523,22 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
 
 
 def run_path(config, folder=None):
-    """Where a run's file lies: results/<profile>/<dataset>/<model>[-<shortcut>]-seed<seed>.json."""
+    """Where a run's file lies: results/<profile>/<dataset>/<model>[-<shortcut>][-rate<rate>]-seed<seed>.json."""
     folder = pathlib.Path(folder or RESULTS / config["profile"] / config["dataset"])
     variant = "" if config["shortcut"] in ("none", "projection") else f"-{config['shortcut']}"
+    variant += "" if config["learning_rate"] == RATE else f"-rate{config['learning_rate']:g}"
     return folder / f"{config['model']}{variant}-seed{config['seed']}.json"
 
 
 @keras.saving.register_keras_serializable("resnet_helpers")
 class Adam(keras.optimizers.Adam):
     """Adam (Kingma and Ba 2015); with TensorFlow one pass over the weights, where Keras's own formula makes ten."""
+
+    def _backend_update_step(self, gradients, variables, learning_rate):
+        if keras.backend.backend() != "tensorflow" or _replicas() > 1:
+            return super()._backend_update_step(gradients, variables, learning_rate)
+        for gradient, variable in zip(gradients, variables):  # by Keras's own way the net would never be freed
+            self.update_step(gradient, variable.value, learning_rate)
 
     def update_step(self, gradient, variable, learning_rate):
         if keras.backend.backend() != "tensorflow":
@@ -587,7 +597,6 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
             raise ValueError(f"{path} holds another run ({'; '.join(differ)}). Choose another folder, or retrain=True.")
         print(f"{title(config['model'])}, seed {config['seed']}: loaded {path.name}, not trained again", flush=True)
         _tidy(path)
-        os.utime(path.parent)  # the folder that was used last, for `results_folder`
         return run
     _write_whole(path.with_suffix(".tmp"), lambda file: file.write(b""))  # find out now, not after hours
     path.with_suffix(".tmp").unlink()
@@ -601,6 +610,7 @@ def train_run(config, folder=None, retrain=False, on_epoch=None):
         if not 0 < count <= len(images):
             raise ValueError(f"{split}_images must be from 1 to {len(images)} (all there are). Received: {count}.")
         parts[split] = Batches(images[:count], labels[:count], config["batch_size"], split == "train", config["seed"])
+    gc.collect()  # nets hold themselves in circles; free the one before now, not at Python's leisure
     with _training_scope(config):
         model = build_from_config(config, len(data.class_names))
         model.optimizer.build(model.trainable_variables)
@@ -657,6 +667,9 @@ class _Recorder(keras.callbacks.Callback):
                 values = [file[str(i)] for i in range(len(file.files) - 1)]
             if saved["config"] != self.run["config"]:
                 raise ValueError("it belongs to another configuration")
+            differ = [key for key in COMPARABLE if saved["environment"][key] != self.run["environment"][key]]
+            if differ:
+                raise ValueError(f"it was made with another {' and '.join(differ)}")
             if [value.shape for value in values] != [tuple(variable.shape) for variable in self._state()]:
                 raise ValueError("it belongs to another net")
             for variable, value in zip(self._state(), values):
@@ -826,9 +839,9 @@ def _write_run(path, run):
 
 
 def results_folder(profile=None):
-    """Folder of a profile's runs: of the data set that was used last, should there be several."""
-    folder = RESULTS / get_profile(profile)
-    return max(folder.glob("*/"), key=lambda path: path.stat().st_mtime, default=folder / "cats_vs_dogs")
+    """Folder of a profile's runs: those on cats_vs_dogs if there are any, else those on the digits."""
+    folders = [RESULTS / get_profile(profile) / name for name in ("cats_vs_dogs", DIGITS)]
+    return next((folder for folder in folders if any(folder.glob("*.json"))), folders[0])
 
 
 def read_run(path):
@@ -846,6 +859,11 @@ def read_run(path):
     return run
 
 
+def read_predictions(path):
+    """Read the class that a finished run gave each validation image: uint8 (val_images,)."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(read_run(path)["val_predictions"])), "uint8")
+
+
 def read_runs(folder):
     """Read all runs in a folder: a DataFrame with one row an epoch, its history beside the run's configuration."""
     paths = sorted(pathlib.Path(folder).glob("*.json"))
@@ -859,7 +877,7 @@ def _frame(runs, files=None):
     for run, file in zip(runs, files or [run_path(run["config"]).name for run in runs]):
         frame = pd.DataFrame(run["history"], dtype=float)
         frame.insert(0, "epoch", range(1, len(frame) + 1))
-        extra = {key: run["environment"].get(key) for key in ("backend", "device", "images_crc32")}
+        extra = {key: run["environment"].get(key) for key in COMPARABLE}
         frames.append(frame.assign(file=file, status=run["status"], **run["config"], **extra))
     return pd.concat(frames, ignore_index=True)
 
@@ -872,7 +890,7 @@ def check_comparable(runs):
         if values.nunique(dropna=False) > 1:
             groups = "; ".join(f"{value!r}: {', '.join(f)}" for value, f in values.groupby(values).groups.items())
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({groups}).")
-    seeds = per_run.groupby(list(NETWORK)).seed.agg(lambda s: tuple(sorted(s)))
+    seeds = per_run.groupby(list(NETWORK)).seed.agg(lambda s: tuple(sorted(map(int, s))))
     if seeds.nunique() > 1:
         listing = "; ".join(f"{model} {shortcut}: {found}" for (model, shortcut), found in seeds.items())
         raise ValueError(f"These runs cannot be compared: not the same seeds for every net ({listing}).")
@@ -974,7 +992,7 @@ def plot_images(images, labels, class_names, heading, columns=8):
 
 def plot_histories(runs, heading="", metrics=("loss", "accuracy")):
     """Draw runs against epochs, a panel a metric: training solid, validation dashed, one colour a net."""
-    figure, axes = plt.subplots(1, len(metrics), figsize=(8, 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(8, 4), layout="constrained", squeeze=False)
     for axis, metric in zip(axes.flat, metrics):
         for model, group in runs.groupby("model", sort=False):
             for column, style in ((metric, "-"), (f"val_{metric}", "--")):
@@ -988,30 +1006,30 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy")):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes.flat[-1].legend(fontsize=10, frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=10,
+                  frameon=False, columnspacing=1, handlelength=1.2)
     if heading:
         figure.suptitle(heading, fontsize=12)
     return figure
 
 
-def plot_depths(runs, metric="val_accuracy", heading=""):
-    """Draw the last epoch's `metric` against depth: a point a run, a line through the means of each kind of net."""
+def plot_depths(runs, metrics=("accuracy", "val_accuracy"), heading=""):
+    """Draw the last epoch against depth, a panel a metric: a point a run, a line through the means of each kind."""
     last = runs[runs.epoch == runs.epochs]
     last = last.assign(depth=last.model.map(MODELS), kind=last.model.str.rstrip("0123456789"))
-    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for kind, style in (("plain", "--"), ("resnet", "-")):
-        group = last[last.kind == kind].sort_values("depth")
-        if group.empty:
-            continue
-        means = group.groupby("depth")[metric].mean()
-        axis.plot(means.index, 100 * means, style, color="#666666", zorder=1)
-        axis.scatter(group.depth, 100 * group[metric], color=group.model.map(COLOURS), s=45, zorder=2)
-        axis.annotate({"plain": "plain", "resnet": "residual"}[kind], (means.index[-1], 100 * means.iloc[-1]),
-                      (10, 0), textcoords="offset points", va="center")
-    ylabel = {"val_accuracy": "validation accuracy, %", "accuracy": "training accuracy, %"}[metric]
-    axis.set(xlabel="layers", ylabel=ylabel, xticks=sorted(last.depth.unique()), title=heading)
-    axis.margins(x=0.15)
-    axis.grid(alpha=0.3)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(8, 3.8), sharey=True, layout="constrained", squeeze=False)
+    for axis, metric in zip(axes.flat, metrics):
+        for kind, group in last.groupby("kind"):
+            means = 100 * group.groupby("depth")[metric].mean()
+            axis.plot(means.index, means, "--" if kind == "plain" else "-", color="#666666", zorder=1)
+            axis.scatter(group.depth, 100 * group[metric], color=group.model.map(COLOURS), s=45, zorder=2)
+            axis.annotate("plain" if kind == "plain" else "residual", (means.index[-1], means.iloc[-1]), (8, 0),
+                          textcoords="offset points", va="center")
+        axis.set(xlabel="layers", xticks=sorted(last.depth.unique()))
+        axis.set_title(("validation" if metric.startswith("val_") else "training") + " accuracy, %", fontsize=11)
+        axis.margins(x=0.22)
+        axis.grid(alpha=0.3)
+    figure.suptitle(heading, fontsize=12)
     return figure
 
 
@@ -1020,7 +1038,7 @@ def plot_signals(signals, column, heading):
     depths = sorted({MODELS[name] for name in signals})
     figure, axes = plt.subplots(1, len(depths), figsize=(8, 3), sharey=True, layout="constrained", squeeze=False)
     for axis, depth in zip(axes.flat, depths):
-        for name in (f"plain{depth}", f"resnet{depth}"):
+        for name in sorted(name for name in signals if MODELS[name] == depth):
             values = signals[name][column].to_numpy()
             axis.plot(range(1, len(values) + 1), values, color=COLOURS[name], marker=".", label=title(name))
         axis.set(xlabel="unit", yscale="log" if column == "gradient" else "linear")

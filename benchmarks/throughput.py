@@ -3,8 +3,9 @@
     python benchmarks/throughput.py [--rounds 15] [--batch 64] [--nets resnet34 resnet50]
 
 Each contender lives in a process of its own, which waits while another one works. They take turns, round after round,
-so that a machine whose speed drifts hits all alike. Prints a table and saves it as results/throughput.csv and .md.
-PyTorch is left out where it is not installed. Needs no images.
+so that a machine whose speed drifts hits all alike. Prints a table and saves it as results/throughput.csv and .md, with
+what else was measured (an epoch through fit, the input pipeline) below it. PyTorch is left out where it is not
+installed. Needs no images.
 """
 
 import argparse
@@ -22,13 +23,13 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-CONTENDERS = {
+CONTENDERS = {  # and the environment of each
     "this project": {"TF_ENABLE_ONEDNN_OPTS": "1"},
     "stock Keras, oneDNN": {"TF_ENABLE_ONEDNN_OPTS": "1"},
     "stock Keras, no oneDNN": {"TF_ENABLE_ONEDNN_OPTS": "0"},
     "PyTorch, channels_last": {},
 }
-EPOCH_BATCHES = 40
+EPOCH_BATCHES = 128  # half an epoch of cats_vs_dogs
 
 
 def example_batch(batch):
@@ -56,11 +57,11 @@ def torch_steps(net, batch):
             torch.nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
 
-    return steps, None
+    return steps, {}
 
 
 def keras_steps(net, batch, stock):
-    """Two functions: one makes n bare training steps, the other one epoch of `EPOCH_BATCHES` batches through fit."""
+    """A function that makes n bare training steps, and {"epoch": one through fit, "batches": its input alone}."""
     import keras
     import numpy as np
     import resnet_helpers as rh
@@ -86,7 +87,14 @@ def keras_steps(net, batch, stock):
 
     pixels = np.random.default_rng(0).integers(0, 256, (EPOCH_BATCHES * batch, 32, 32, 3), dtype="uint8")
     data = rh.Batches(pixels, np.arange(len(pixels)) % 2, batch, training=True)
-    return steps, lambda: model.fit(data, shuffle=False, verbose=0)
+    def epoch():
+        model.fit(data, shuffle=False, verbose=0)
+
+    def batches():
+        for index in range(EPOCH_BATCHES):
+            data[index]
+
+    return steps, {"epoch": epoch, "batches": batches}
 
 
 def stock_conv(filters, kernel_size, strides, name, **options):
@@ -117,18 +125,14 @@ def worker(contender, net, batch):
     """Build, warm up, then answer each line on standard input with seconds, as JSON lines."""
     start = time.perf_counter()
     if contender.startswith("PyTorch"):
-        steps, epoch = torch_steps(net, batch)
+        steps, named = torch_steps(net, batch)
     else:
-        steps, epoch = keras_steps(net, batch, stock=contender.startswith("stock"))
+        steps, named = keras_steps(net, batch, stock=contender.startswith("stock"))
     steps(3)
     print(json.dumps(time.perf_counter() - start), flush=True)
-    warm = False
-    for line in sys.stdin:
-        if line.strip() == "epoch" and not warm:
-            epoch()
-            warm = True
+    for line in map(str.strip, sys.stdin):
         start = time.perf_counter()
-        epoch() if line.strip() == "epoch" else steps(int(line))
+        named[line]() if line in named else steps(int(line))
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
         print(json.dumps([seconds, memory]), flush=True)
@@ -148,7 +152,7 @@ def measure(net, batch, rounds, steps):
     import pandas as pd
     import resnet_helpers as rh
 
-    processes, times, memory, epochs = {}, {}, {}, []
+    processes, times, memory, epochs, inputs = {}, {}, {}, [], []
     for name, environment in CONTENDERS.items():
         if name.startswith("PyTorch") and importlib.util.find_spec("torch") is None:
             print("PyTorch is not installed: left out")
@@ -164,14 +168,17 @@ def measure(net, batch, rounds, steps):
             times[name].append(seconds / steps)
         print(f"{net}: round {number}/{rounds}", end="\r", flush=True)
     ours = next(iter(CONTENDERS))
+    first = ask(processes[ours], "epoch")[0]
     for _ in range(3):
         bare = ask(processes[ours], EPOCH_BATCHES)[0]
-        epochs.append(ask(processes[ours], "epoch")[0] / bare)
+        whole, memory[ours] = ask(processes[ours], "epoch")
+        epochs.append(whole / bare)
+        inputs.append(ask(processes[ours], "batches")[0] / bare)
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    print(f"{net}: an epoch through fit takes {statistics.median(epochs):.3f} times its bare steps")
-    # Forward and two backward products; those that only meet padding count too, though this project skips some.
+    extra = first - statistics.median(epochs) * bare
+    # Those that only meet padding count too, though this project skips some.
     work = 3 * 2 * rh.stage_table(rh.create_model(net))["multiply-adds"]["total"] * batch / 1e9  # forward, two backward
     peak = peak_gflops()
     rows = []
@@ -181,8 +188,11 @@ def measure(net, batch, rounds, steps):
         rows.append({"net": rh.title(net), "contender": name, "images a second": round(batch / median),
                      "this project is faster by": f"{ratio:.2f}", "share of peak": f"{work / median / peak:.0%}",
                      "peak memory, GB": f"{memory[name]:.1f}"})
-    print(f"{net}: peak of this processor {peak:.0f} GFLOP/s")
-    return pd.DataFrame(rows)
+    ratio, share = statistics.median(epochs), statistics.median(inputs)
+    notes = (f"{rh.title(net)}: {EPOCH_BATCHES} batches through `fit` take {ratio:.2f} times as long as bare steps, "
+             f"the first time {extra:.0f} s more; making the batches takes {share:.1%} of their time. Peak of the "
+             f"processor: {peak:.0f} x 10^9 operations a second.")
+    return pd.DataFrame(rows), notes
 
 
 def main():
@@ -198,12 +208,14 @@ def main():
     import pandas as pd
     import resnet_helpers as rh
 
-    table = pd.concat([measure(net, options.batch, options.rounds, options.steps) for net in options.nets])
-    table = table.set_index("net")
-    print(f"\n{platform.machine()}, {os.cpu_count()} threads, batch {options.batch}, {options.rounds} rounds\n")
-    print(table.to_string())
+    tables, notes = zip(*[measure(net, options.batch, options.rounds, options.steps) for net in options.nets])
+    table = pd.concat(tables).set_index("net")
+    notes = [f"{platform.machine()}, {os.cpu_count()} threads, batch {options.batch}, {options.rounds} rounds of "
+             f"{options.steps} steps, medians.", *notes]
+    print(f"\n{table.to_string()}\n")
+    print(*notes, sep="\n")
     rh.save_text(table.to_csv(), rh.RESULTS / "throughput.csv")
-    rh.save_text(rh.to_markdown(table), rh.RESULTS / "throughput.md")
+    rh.save_text("\n".join([rh.to_markdown(table), *notes, ""]), rh.RESULTS / "throughput.md")
 
 
 if __name__ == "__main__":

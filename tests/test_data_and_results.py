@@ -159,7 +159,7 @@ def test_unequal_runs_are_refused_by_name(tmp_path, change):
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34", **change))
     with pytest.raises(ValueError, match=rf"differ in {next(iter(change))} ") as error:
         rh.ablation_table(runs)
-    assert "plain34-seed0.json" in str(error.value) and "resnet34-seed0.json" in str(error.value)
+    assert all(file in str(error.value) for file in runs.file.unique()) and runs.file.nunique() == 2
 
 
 def test_unequal_machines_seeds_and_a_missing_twin_are_refused(tmp_path):
@@ -177,6 +177,21 @@ def test_incomplete_seeds_are_left_out_and_named(tmp_path, capsys):
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), made_run("plain34", 1))
     assert set(rh.complete_seeds(runs).seed) == {0}
     assert "plain34-seed1.json" in capsys.readouterr().out
+
+
+def test_the_folder_is_that_of_the_photographs_before_that_of_the_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(rh, "RESULTS", tmp_path)
+    assert rh.results_folder("quick") == tmp_path / "quick" / "cats_vs_dogs"
+    for dataset in (rh.DIGITS, "cats_vs_dogs"):
+        save(tmp_path / "quick" / dataset, made_run("plain34"))
+        assert rh.results_folder("quick") == tmp_path / "quick" / dataset
+
+
+def test_runs_of_one_seed_at_other_rates_and_shortcuts_do_not_share_a_file():
+    changes = [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"shortcut": "zero_pad"}]
+    names = [rh.run_path(rh.make_config("resnet34", **change)).name for change in changes]
+    assert names == ["resnet34-seed0.json", "resnet34-rate0.0003-seed0.json", "resnet34-rate0.003-seed0.json",
+                     "resnet34-zero_pad-seed0.json"]
 
 
 def test_no_runs_and_foreign_files(tmp_path):
@@ -207,6 +222,16 @@ def test_one_colour_per_net_solid_training_dashed_validation(tmp_path):
     lines = figure.axes[0].get_lines()
     styles = {(line.get_color(), line.get_linestyle()) for line in lines}
     assert styles == {(rh.COLOURS[model], style) for model in ACCURACY for style in ("-", "--")}
+    plt.close(figure)
+
+
+def test_signal_figure_takes_any_nets():
+    import matplotlib.pyplot as plt
+
+    signals = pd.DataFrame({"signal": [1.0, 2.0], "gradient": [0.1, 0.2]})
+    figure = rh.plot_signals({"resnet34": signals, "plain50": signals}, "gradient", "")
+    assert [[line.get_color() for line in axis.get_lines()] for axis in figure.axes] == [
+        [rh.COLOURS["resnet34"]], [rh.COLOURS["plain50"]]]
     plt.close(figure)
 
 

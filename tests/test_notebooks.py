@@ -79,7 +79,7 @@ def test_notebooks_run_end_to_end(tiny_cats, tmp_path, monkeypatch):
 
 def committed_runs():
     runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
-    return rh.complete_seeds(runs[runs.shortcut.isin(["none", "projection"])])
+    return rh.complete_seeds(runs[runs.shortcut.isin(["none", "projection"]) & (runs.learning_rate == rh.RATE)])
 
 
 def test_readme_csv_and_histories_agree():
@@ -88,7 +88,14 @@ def test_readme_csv_and_histories_agree():
     pd.testing.assert_frame_equal(saved, table, check_dtype=False)
     (shown,) = TABLE.findall((ROOT / "README.md").read_text())
     markdown = rh.to_markdown(rh.percent_table(table)).strip()
+    opening = (ROOT / "README.md").read_text().split("![")[0]
+    assert all(f"{100 * difference:+.1f} " in opening for difference in table.difference), "the prose has old numbers"
     assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
+
+
+def test_readme_shows_the_benchmark():
+    (shown,) = re.findall(r"<!-- throughput -->\n+(.*?)\n+<!-- /throughput -->", (ROOT / "README.md").read_text(), re.S)
+    assert shown == (ROOT / "results" / "throughput.md").read_text().strip()
 
 
 def test_readme_pandas_lines_give_the_table(monkeypatch):
@@ -98,6 +105,6 @@ def test_readme_pandas_lines_give_the_table(monkeypatch):
     scope = {}
     exec(lines, scope)
     table, ours = scope["table"], rh.ablation_table(committed_runs())
-    for depth in (34, 50):
+    for depth in (18, 34, 50):
         assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"ResNet-{depth}"])
         assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"ResNet-{depth}"])

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import gc
 import importlib.util
 import itertools
 import json
@@ -116,6 +117,23 @@ def test_learning_rate_rises_for_half_an_epoch_and_ends_at_zero():
     assert rates[2] > rates[3] > rates[4] > rates[5] and rates[5:] == pytest.approx([0, 0], abs=1e-8)
 
 
+def test_predictions_are_kept_for_every_validation_image(whole):
+    answers = rh.read_predictions(rh.run_path(config(), whole[0]))
+    labels = rh.load_data().val_labels[: SMALL["val_images"]]
+    assert np.mean(answers == labels) == pytest.approx(whole[1]["history"]["val_accuracy"][-1])
+
+
+def test_a_trained_net_is_freed(whole, tmp_path):
+    """Its graph would keep all its weights: some 300 MB a net in a notebook that trains 18 of them."""
+    def graphs():
+        gc.collect()
+        return sum(type(thing).__name__ == "FuncGraph" for thing in gc.get_objects())
+
+    before = graphs()
+    rh.train_run(config(), tmp_path)
+    assert graphs() == before
+
+
 @pytest.mark.parametrize("rate", (1e-2, keras.optimizers.schedules.CosineDecay(1e-2, 10)))
 def test_adam_equals_keras(rate):
     rng = np.random.default_rng(0)
@@ -174,15 +192,23 @@ def recorder(small_world):
     """Of a net that is about to train."""
     model = rh.build_from_config(config(), 2)
     model.optimizer.build(model.trainable_variables)
-    run = {"config": config(), "status": "finished", "history": {key: [] for key in rh.HISTORY}}
+    run = {"config": config(), "status": "finished", "history": {key: [] for key in rh.HISTORY},
+           "environment": rh.environment(rh.load_data())}
     recorder = rh._Recorder(run, rh.pathlib.Path("none"), None, None)
     recorder.set_model(model)
     return recorder
 
 
+def other_images(path):
+    with np.load(path) as file:
+        run = json.loads(str(file["run"]))
+    run["environment"]["images_crc32"] += 1
+    rewrite(path, run=json.dumps(run))
+
+
 @pytest.mark.parametrize("damage, reason", ((truncate, "not a zip file"), (make_foreign, "another configuration"),
-                                            (lambda path: rewrite(path, **{"0": np.ones(3)}), "another net"),
-                                            (drop_last, "another net")))
+                                            (other_images, "another images_crc32"), (drop_last, "another net"),
+                                            (lambda path: rewrite(path, **{"0": np.ones(3)}), "another net")))
 def test_a_checkpoint_that_cannot_be_used_changes_nothing(recorder, checkpoint, tmp_path, capsys, damage, reason):
     """All of it or nothing: the net that starts afresh must not keep half of another one's weights."""
     recorder.checkpoint = tmp_path / checkpoint.name
