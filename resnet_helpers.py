@@ -478,13 +478,14 @@ def unit_signals(model, images, labels):
     units = [layer for layer in model.layers if layer.name.endswith("_out")]
     kernels = [[layer.kernel.value for layer in model.layers if layer.name.startswith(unit.name[:-3])
                 and layer.name.endswith("_conv") and "_0_" not in layer.name] for unit in units]
-    weights = model.get_weights()
+    averages = [keras.ops.copy(variable) for variable in model.non_trainable_variables]
     probe = keras.Model(model.input, [*(unit.output for unit in units), model.output])
     with tf.GradientTape() as tape:
         *outputs, logits = probe(images, training=True)
         loss = keras.ops.mean(keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True))
     gradients = tape.gradient(loss, kernels)
-    model.set_weights(weights)  # the pass above moved the batch norms' averages
+    for variable, value in zip(model.non_trainable_variables, averages):
+        variable.assign(value)  # the pass above moved the batch norms' averages
     rms = [float(keras.ops.sqrt(keras.ops.mean(output**2))) for output in outputs]
     norms = [float(tf.linalg.global_norm(part)) for part in gradients]
     return pd.DataFrame({"signal": rms, "gradient": norms}, index=[unit.name[:-4] for unit in units])
