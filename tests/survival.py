@@ -156,7 +156,8 @@ def flipped_bits(folder):
     model.optimizer.build(model.trainable_variables)
 
     def restore():
-        run = {"config": config, "status": "finished", "history": {key: [] for key in rh.HISTORY}}
+        run = {"config": config, "status": "finished", "history": {key: [] for key in rh.HISTORY},
+               "environment": rh.environment(rh.load_data())}
         recorder = rh._Recorder(run, checkpoint.with_suffix(".json"), None, None)
         recorder.set_model(model)
         return recorder.restore(), [*map(rh.keras.ops.convert_to_numpy, recorder._state())]
