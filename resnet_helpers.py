@@ -523,12 +523,16 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
     return config
 
 
+def variant(config):
+    """What sets a run apart from the grid: "", or such as "-zero_pad" or "-rate0.003"; a part of its file's name."""
+    shortcut = "" if config["shortcut"] in ("none", "projection") else f"-{config['shortcut']}"
+    return shortcut + ("" if config["learning_rate"] == RATE else f"-rate{config['learning_rate']:g}")
+
+
 def run_path(config, folder=None):
     """Where a run's file lies: results/<profile>/<dataset>/<model>[-<shortcut>][-rate<rate>]-seed<seed>.json."""
     folder = pathlib.Path(folder or RESULTS / config["profile"] / config["dataset"])
-    variant = "" if config["shortcut"] in ("none", "projection") else f"-{config['shortcut']}"
-    variant += "" if config["learning_rate"] == RATE else f"-rate{config['learning_rate']:g}"
-    return folder / f"{config['model']}{variant}-seed{config['seed']}.json"
+    return folder / f"{config['model']}{variant(config)}-seed{config['seed']}.json"
 
 
 @keras.saving.register_keras_serializable("resnet_helpers")
@@ -879,14 +883,15 @@ def _frame(runs, files=None):
         frame = pd.DataFrame(run["history"], dtype=float)
         frame.insert(0, "epoch", range(1, len(frame) + 1))
         extra = {key: run["environment"].get(key) for key in COMPARABLE}
-        frames.append(frame.assign(file=file, status=run["status"], **run["config"], **extra))
+        extra |= {"file": file, "status": run["status"], "variant": variant(run["config"])}
+        frames.append(frame.assign(**run["config"], **extra))
     return pd.concat(frames, ignore_index=True)
 
 
 def check_comparable(runs):
     """Raise a ValueError that names the files if runs differ in anything but the network and the seed."""
     per_run = runs.drop_duplicates("file").set_index("file")
-    for key in per_run.columns.difference([*NETWORK, *HISTORY, "seed", "epoch", "status"]):
+    for key in per_run.columns.difference([*NETWORK, *HISTORY, "seed", "epoch", "status", "variant"]):
         values = per_run[key]
         if values.nunique(dropna=False) > 1:
             groups = "; ".join(f"{value!r}: {', '.join(f)}" for value, f in values.groupby(values).groups.items())
