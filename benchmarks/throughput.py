@@ -87,6 +87,7 @@ def keras_steps(net, batch, stock):
 
     pixels = np.random.default_rng(0).integers(0, 256, (EPOCH_BATCHES * batch, 32, 32, 3), dtype="uint8")
     data = rh.Batches(pixels, np.arange(len(pixels)) % 2, batch, training=True)
+
     def epoch():
         model.fit(data, shuffle=False, verbose=0)
 
@@ -148,7 +149,7 @@ def ask(process, line):
 
 
 def measure(net, batch, rounds, steps):
-    """Rows of the table for one net."""
+    """Rows of the table for one net, and a line on what else was measured."""
     import pandas as pd
     import resnet_helpers as rh
 
@@ -177,9 +178,9 @@ def measure(net, batch, rounds, steps):
     for process in processes.values():
         process.stdin.close()
         process.wait()
-    extra = first - statistics.median(epochs) * bare
-    # Those that only meet padding count too, though this project skips some.
-    work = 3 * 2 * rh.stage_table(rh.create_model(net))["multiply-adds"]["total"] * batch / 1e9  # forward, two backward
+    slower, share = statistics.median(epochs), statistics.median(inputs)
+    # Forward and two backward products; those that only meet padding count too, though this project skips some.
+    work = 3 * 2 * rh.stage_table(rh.create_model(net))["multiply-adds"]["total"] * batch / 1e9
     peak = peak_gflops()
     rows = []
     for name in times:
@@ -188,10 +189,9 @@ def measure(net, batch, rounds, steps):
         rows.append({"net": rh.title(net), "contender": name, "images a second": round(batch / median),
                      "this project is faster by": f"{ratio:.2f}", "share of peak": f"{work / median / peak:.0%}",
                      "peak memory, GB": f"{memory[name]:.1f}"})
-    ratio, share = statistics.median(epochs), statistics.median(inputs)
-    notes = (f"{rh.title(net)}: {EPOCH_BATCHES} batches through `fit` take {ratio:.2f} times as long as bare steps, "
-             f"the first time {extra:.0f} s more; making the batches takes {share:.1%} of their time. Peak of the "
-             f"processor: {peak:.0f} x 10^9 operations a second.")
+    notes = (f"{rh.title(net)}: {EPOCH_BATCHES} batches through `fit` take {slower:.2f} times as long as bare steps, "
+             f"the first time {first - slower * bare:.0f} s more; making the batches takes {share:.1%} of their time. "
+             f"Peak of the processor: {peak:.0f} x 10^9 operations a second.")
     return pd.DataFrame(rows), notes
 
 
