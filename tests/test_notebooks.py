@@ -70,7 +70,7 @@ def test_notebooks_run_end_to_end(tiny_cats, tmp_path, monkeypatch):
     runs = rh.read_runs(tmp_path / "results" / "test" / "cats_vs_dogs")
     assert sorted(runs.model.unique()) == ["plain34", "plain50", "resnet34", "resnet50"] and len(runs) == 8
     table = pd.read_csv(tmp_path / "results" / "test" / "cats_vs_dogs" / "ablation.csv", index_col=0)
-    pd.testing.assert_frame_equal(table, rh.ablation_table(runs), check_dtype=False)
+    pd.testing.assert_frame_equal(table, both_tables(runs)[0], check_dtype=False)
     assert "A SMOKE RUN" in (tmp_path / "4.ipynb").read_text()
     for path in tmp_path.glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
@@ -82,12 +82,19 @@ def committed_runs():
     return rh.complete_seeds(runs[runs.variant == ""])
 
 
+def both_tables(runs):
+    """Validation beside training accuracy, as notebook 4 saves them: numbers (ablation.csv) and Markdown."""
+    table, training = rh.ablation_table(runs), rh.ablation_table(runs, "accuracy")
+    beside = rh.percent_table(training)[["plain", "residual"]].add_prefix("training: ")
+    return (table.join(training.drop(columns="seeds").add_prefix("training: ")),
+            rh.to_markdown(rh.percent_table(table).join(beside)).strip())
+
+
 def test_readme_csv_and_histories_agree():
-    table = rh.ablation_table(committed_runs())
+    table, markdown = both_tables(committed_runs())
     saved = pd.read_csv(ROOT / "results" / "ablation.csv", index_col=0)
     pd.testing.assert_frame_equal(saved, table, check_dtype=False)
     (shown,) = TABLE.findall((ROOT / "README.md").read_text())
-    markdown = rh.to_markdown(rh.percent_table(table)).strip()
     opening = (ROOT / "README.md").read_text().split("![")[0]
     assert all(f"{100 * difference:+.1f} " in opening for difference in table.difference), "the prose has old numbers"
     assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
