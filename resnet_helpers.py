@@ -804,7 +804,8 @@ def environment(data):
     backend = keras.backend.backend()
     return {"python": platform.python_version(), "keras": keras.__version__, "backend": backend,
             backend: sys.modules[backend].__version__, "numpy": np.__version__, "device": _device(),
-            "threads": os.cpu_count(), "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
             "date": datetime.date.today().isoformat()}
 
 
