@@ -328,21 +328,22 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
     `is_plain` leaves the shortcut out: y = relu(F(x)). See `build_resnet_block` for the arguments.
     """
     strided = 0 if stride_in == "1x1" else next((i for i, k in enumerate(kernel_sizes) if k > 1), 0)
-    residual = x  # becomes F(x)
+    branch = x  # becomes F(x), the residual branch
     for i, (kernel_size, filters) in enumerate(zip(kernel_sizes, channel_sizes)):
         if i > 0:
-            residual = keras.layers.Activation("relu", name=f"{name}_{i}_relu")(residual)
-        residual = conv_bn(residual, filters, kernel_size, stride if i == strided else 1, f"{name}_{i + 1}", seed)
+            branch = keras.layers.Activation("relu", name=f"{name}_{i}_relu")(branch)
+        branch = conv_bn(branch, filters, kernel_size, stride if i == strided else 1, f"{name}_{i + 1}", seed)
+    y = branch
     if not is_plain:
         filters = channel_sizes[-1]
-        if shortcut == "projection_all" or (shortcut == "projection" and residual.shape != x.shape):
+        if shortcut == "projection_all" or (shortcut == "projection" and branch.shape != x.shape):
             x = conv_bn(x, filters, 1, stride, f"{name}_0", seed)  # W_s x
         elif filters < x.shape[-1]:
             raise ValueError(f"Fewer channels need a projection. Received: {x.shape[-1]} to {filters}.")
-        elif residual.shape != x.shape:
+        elif branch.shape != x.shape:
             x = keras.ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])))
-        residual = keras.layers.Add(name=f"{name}_add")([x, residual])  # F(x) + x
-    return keras.layers.Activation("relu", name=f"{name}_out")(residual)
+        y = keras.layers.Add(name=f"{name}_add")([x, branch])  # F(x) + x
+    return keras.layers.Activation("relu", name=f"{name}_out")(y)
 
 
 def build_resnet_block(input_layer, block_num, num_units, kernel_sizes, channel_sizes, *, is_plain=False,
@@ -359,7 +360,8 @@ def build_resnet_block(input_layer, block_num, num_units, kernel_sizes, channel_
         stride: Of the first unit; by default 1 in conv2_x (the pool before it has halved the image), 2 after it.
         shortcut: Where the shape changes: "zero_pad" (the paper's option A, no parameters) or "projection" (B);
             "projection_all" projects in every unit (C).
-        stride_in: The convolution of a bottleneck that strides: the first "1x1" (the paper) or the "3x3" ("v1.5").
+        stride_in: The convolution of a bottleneck that strides; the paper leaves it open: the first "1x1" (the
+            authors' released nets) or the "3x3" ("v1.5").
         seed: Makes the initial weights reproducible, layer by layer.
 
     Returns:
@@ -919,7 +921,7 @@ EPOCHS = {"last": lambda values: values.iloc[-1], "best": lambda values: values.
 
 
 def ablation_table(runs, metric="val_accuracy", epoch="last"):
-    """Plain against residual at equal epochs: one row a residual net, `metric` as means over seeds.
+    """Plain against residual at equal epochs: one row a depth (and shortcut), `metric` as means over seeds.
 
     `epoch` is "last" (the result), "best" (picked on the validation images, so too good) or "mean of last 3".
     Columns: plain, residual, difference, seeds, and with several seeds the standard deviations and the half width of
@@ -949,7 +951,7 @@ def ablation_table(runs, metric="val_accuracy", epoch="last"):
             row |= {f"{name} sd": part.std(skipna=False) for name, part in parts.items()}
             row["95% half width"] = (scipy.stats.t.ppf(0.975, row["seeds"] - 1) * row["difference sd"]
                                      / math.sqrt(row["seeds"]))
-        rows[title(model) + ("" if shortcut == "projection" else f" ({shortcut})")] = row
+        rows[f"{MODELS[model]} layers" + ("" if shortcut == "projection" else f" ({shortcut})")] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -998,23 +1000,26 @@ def plot_images(images, labels, class_names, heading, columns=8):
 
 
 def plot_histories(runs, heading="", metrics=("loss", "accuracy")):
-    """Draw runs against epochs, a panel a metric: training solid, validation dashed, one colour a net."""
-    figure, axes = plt.subplots(1, len(metrics), figsize=(8, 4), layout="constrained", squeeze=False)
-    for axis, metric in zip(axes.flat, metrics):
-        for model, group in runs.groupby("model", sort=False):
+    """Draw runs against epochs, a row a metric, a column a depth: training solid, validation dashed, a colour a net."""
+    depths = sorted(set(runs.model.map(MODELS)))
+    figure, axes = plt.subplots(len(metrics), len(depths), figsize=(8, 2.4 * len(metrics) + 0.8), sharex=True,
+                                sharey="row", layout="constrained", squeeze=False)
+    for model, group in runs.groupby("model"):
+        for axis, metric in zip(axes[:, depths.index(MODELS[model])], metrics):
             for column, style in ((metric, "-"), (f"val_{metric}", "--")):
-                curves = group.pivot_table(index="epoch", columns="file", values=column)
-                colour = COLOURS.get(model, "#666666")
+                curves, colour = group.pivot_table(index="epoch", columns="file", values=column), COLOURS[model]
                 axis.plot(curves.mean(axis=1), style, color=colour, linewidth=2, marker="o" if len(curves) == 1 else "",
                           label=title(model) if style == "-" else None)
                 if curves.shape[1] > 1:
                     axis.plot(curves, style, color=colour, linewidth=0.6)
-        axis.set_title(f"{metric} (solid: training, dashed: validation)", fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=10,
-                  frameon=False, columnspacing=1, handlelength=1.2)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+    for axis, metric in zip(axes[:, 0], metrics):
+        axis.set_ylabel(metric)
+    for axis in axes[0]:
+        axis.legend(fontsize=10, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handlelength=1.2,
+                    columnspacing=1)
+    figure.supxlabel("epoch (solid: training, dashed: validation)", fontsize=11)
     if heading:
         figure.suptitle(heading, fontsize=12)
     return figure
@@ -1024,15 +1029,18 @@ def plot_depths(runs, metrics=("accuracy", "val_accuracy"), heading=""):
     """Draw the last epoch against depth, a panel a metric: a point a run, a line through the means of each kind."""
     last = runs[runs.epoch == runs.epochs]
     last = last.assign(depth=last.model.map(MODELS), kind=last.model.str.rstrip("0123456789"))
+    depths = sorted(last.depth.unique())
     figure, axes = plt.subplots(1, len(metrics), figsize=(8, 3.8), sharey=True, layout="constrained", squeeze=False)
     for axis, metric in zip(axes.flat, metrics):
         for kind, group in last.groupby("kind"):
             means = 100 * group.groupby("depth")[metric].mean()
-            axis.plot(means.index, means, "--" if kind == "plain" else "-", color="#666666", zorder=1)
-            axis.scatter(group.depth, 100 * group[metric], color=group.model.map(COLOURS), s=45, zorder=2)
+            axis.plot(means.index, means, color="#666666", zorder=1)
+            axis.scatter(group.depth, 100 * group[metric], color=group.model.map(COLOURS), s=45, zorder=2,
+                         marker="s" if kind == "plain" else "o")
             axis.annotate("plain" if kind == "plain" else "residual", (means.index[-1], means.iloc[-1]), (8, 0),
                           textcoords="offset points", va="center")
-        axis.set(xlabel="layers", xticks=sorted(last.depth.unique()))
+        axis.set_xticks(depths, [f"{depth}\nbottlenecks" if DEPTHS[depth][1] else f"{depth}" for depth in depths])
+        axis.set_xlabel("layers")
         axis.set_title(("validation" if metric.startswith("val_") else "training") + " accuracy, %", fontsize=11)
         axis.margins(x=0.22)
         axis.grid(alpha=0.3)

@@ -124,25 +124,25 @@ def test_save_load_table_round_trip(tmp_path):
     runs = save(tmp_path, *(made_run(model, seed) for model in ACCURACY for seed in (0, 1)))
     assert len(runs) == 16 and set(runs.epoch) == {1, 2}
     table = rh.ablation_table(runs)
-    assert list(table.index) == ["ResNet-34", "ResNet-50"] and list(table.seeds) == [2, 2]
+    assert list(table.index) == ["34 layers", "50 layers"] and list(table.seeds) == [2, 2]
     np.testing.assert_allclose(table.plain, [0.62, 0.52])
     np.testing.assert_allclose(table.residual, [0.71, 0.67])
     np.testing.assert_allclose(table.difference, [0.09, 0.15])
     np.testing.assert_allclose(table["difference sd"], np.std([[0.10, 0.08], [0.18, 0.12]], axis=1, ddof=1))
     # t(0.975, one degree of freedom) = 12.706
     np.testing.assert_allclose(table["95% half width"], 12.7062 * table["difference sd"] / 2**0.5, rtol=1e-5)
-    assert rh.percent_table(table).loc["ResNet-34", "residual"] == "71.0 ± 1.4"
+    assert rh.percent_table(table).loc["34 layers", "residual"] == "71.0 ± 1.4"
     np.testing.assert_allclose(rh.ablation_table(runs, epoch="best").residual, 0.9)
     back = pd.read_csv(pd.io.common.StringIO(table.to_csv()), index_col=0)
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
-    assert rh.to_markdown(rh.percent_table(table)).splitlines()[2].startswith("| ResNet-34 | 62.0 ± 2.8 | 71.0 ± 1.4 |")
+    assert rh.to_markdown(rh.percent_table(table)).splitlines()[2].startswith("| 34 layers | 62.0 ± 2.8 | 71.0 ± 1.4 |")
 
 
 def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
     zero_pad = made_run("resnet34", last=0.8, shortcut="zero_pad")
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), zero_pad)
     table = rh.ablation_table(runs)
-    assert list(table.index) == ["ResNet-34", "ResNet-34 (zero_pad)"]
+    assert list(table.index) == ["34 layers", "34 layers (zero_pad)"]
     np.testing.assert_allclose(table.difference, [0.1, 0.2])
 
 
@@ -150,7 +150,7 @@ def test_diverged_runs_have_no_number(tmp_path):
     diverged = made_run("plain34", status="diverged")
     diverged["history"]["loss"][1] = float("nan")
     table = rh.ablation_table(save(tmp_path, diverged, made_run("resnet34")))
-    assert list(rh.percent_table(table).loc["ResNet-34"]) == ["diverged", "70.0", "diverged"]
+    assert list(rh.percent_table(table).loc["34 layers"]) == ["diverged", "70.0", "diverged"]
     json.loads(next(tmp_path.glob("plain*")).read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
@@ -222,9 +222,10 @@ def test_one_colour_per_net_solid_training_dashed_validation(tmp_path):
     import matplotlib.pyplot as plt
 
     figure = rh.plot_histories(save(tmp_path, *(made_run(model) for model in ACCURACY)))
-    lines = figure.axes[0].get_lines()
-    styles = {(line.get_color(), line.get_linestyle()) for line in lines}
-    assert styles == {(rh.COLOURS[model], style) for model in ACCURACY for style in ("-", "--")}
+    for axis, depth in zip(figure.axes, (34, 50, 34, 50)):
+        styles = {(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}
+        nets = f"plain{depth}", f"resnet{depth}"
+        assert styles == {(rh.COLOURS[model], style) for model in nets for style in ("-", "--")}
     plt.close(figure)
 
 

@@ -113,5 +113,5 @@ def test_readme_pandas_lines_give_the_table(monkeypatch):
     exec(lines, scope)
     table, ours = scope["table"], rh.ablation_table(committed_runs())
     for depth in (18, 34, 50):
-        assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"ResNet-{depth}"])
-        assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"ResNet-{depth}"])
+        assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"{depth} layers"])
+        assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"{depth} layers"])
