@@ -6,7 +6,6 @@ Five parts, in this order: data, models, training, results, plots.
 
 import base64
 import contextlib
-import dataclasses
 import datetime
 import functools
 import gc
@@ -20,6 +19,7 @@ import pathlib
 import platform
 import sys
 import time
+import typing
 import zipfile
 import zlib
 
@@ -33,25 +33,17 @@ if "tensorflow" in sys.modules and "TF_ENABLE_ONEDNN_OPTS" not in os.environ:
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no information lines from native code
 
-
-@contextlib.contextmanager
-def _quiet_start():
-    """Hold back what native libraries print to stderr while they load (an exception still shows)."""
-    sys.stderr.flush()
-    stderr, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(sink)
-
-
-with _quiet_start():
+sys.stderr.flush()
+stderr = os.dup(2)
+with open(os.devnull, "w") as sink:
+    os.dup2(sink.fileno(), 2)  # hold back what native libraries print while they load (an exception still shows)
+try:
     import keras
 
     keras.ops.zeros(())  # the first operation starts the device, which prints too
+finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
 logging.getLogger("tensorflow").setLevel(logging.ERROR)  # its advice on retracing does not apply: each net is new
 
 # ------------------------------------------------------------------------------------------------ data
@@ -147,19 +139,14 @@ def _store_digits(where):
     return DIGITS
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
+class Data(typing.NamedTuple):
     """Both splits as arrays: images uint8 (n, size, size, 3), labels int64 (n,)."""
 
-    name: str
     class_names: tuple
     train_images: np.ndarray
     train_labels: np.ndarray
     val_images: np.ndarray
     val_labels: np.ndarray
-
-
-ARRAYS = ("train_images", "train_labels", "val_images", "val_labels")
 
 
 @functools.lru_cache(maxsize=1)
@@ -181,17 +168,15 @@ def load_data(name="cats_vs_dogs", image_size=32):
     if path.exists():
         try:
             with np.load(path) as file:
-                data = Data(name, tuple(map(str, file["class_names"])), *(file[key] for key in ARRAYS))
+                data = Data(tuple(map(str, file["class_names"])), *(file[key] for key in Data._fields[1:]))
             return _checked(data, image_size, path)
         except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError) as error:
             if given:
                 raise ValueError(f"{path} is not a file that load_data wrote, or it is damaged: {error}") from error
             print(f"{path.name} is damaged ({error}); decoding the images again.")
     print(f"Decoding {name} to {image_size}x{image_size} pixels, once on this machine ...", flush=True)
-    class_names, arrays = _decode(name, image_size)
-    data = _checked(Data(name, class_names, *arrays), image_size, source.parent)
-    names = {"class_names": np.array(class_names), **dict(zip(ARRAYS, arrays))}
-    _write_whole(path, lambda file: np.savez(file, **names))
+    data = _checked(_decode(name, image_size), image_size, source.parent)
+    _write_whole(path, lambda file: np.savez(file, **data._asdict()))
     return data
 
 
@@ -205,7 +190,7 @@ def _checked(data, image_size, where):
 
 
 def _decode(name, image_size):
-    """Read, resize and collect both splits in a fixed order; returns (class_names, four arrays)."""
+    """Read, resize and collect both splits in a fixed order."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -227,7 +212,7 @@ def _decode(name, image_size):
     except tf.errors.OpError as error:
         where = data_dir() / name
         raise ValueError(f"A damaged record in {where}: {error.message}. Remove it and prepare it again.") from error
-    return tuple(info.features["label"].names), arrays
+    return Data(tuple(info.features["label"].names), *arrays)
 
 
 def normalize(images):
@@ -280,8 +265,8 @@ class Batches(keras.utils.PyDataset):
 
 # ---------------------------------------------------------------------------------------------- models
 
-# Units in conv2_x, conv3_x, conv4_x and conv5_x, and whether they are bottlenecks (paper, Table 1).
 SHORTCUTS = ("zero_pad", "projection", "projection_all")  # options A, B and C of the paper's section 4.1
+# Units in conv2_x, conv3_x, conv4_x and conv5_x, and whether they are bottlenecks (paper, Table 1).
 DEPTHS = {18: ([2, 2, 2, 2], False), 34: ([3, 4, 6, 3], False), 50: ([3, 4, 6, 3], True),
           101: ([3, 4, 23, 3], True), 152: ([3, 8, 36, 3], True)}
 MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "resnet")}
@@ -573,9 +558,7 @@ def learning_rate(config):
 def build_from_config(config, num_classes):
     """The compiled net of a configuration."""
     _check("optimizer", config["optimizer"], OPTIMIZERS)
-    options = {key: config[key] for key in ("stem", "stride_in", "seed")}
-    if config["shortcut"] != "none":
-        options["shortcut"] = config["shortcut"]
+    options = {key: config[key] for key in ("stem", "stride_in", "shortcut", "seed") if config[key] != "none"}
     model = create_model(config["model"], (config["image_size"], config["image_size"], 3), num_classes, **options)
     model.compile(
         OPTIMIZERS[config["optimizer"]](learning_rate(config)),
@@ -916,8 +899,7 @@ def complete_seeds(runs):
     return runs[runs.seed.isin(complete)]
 
 
-EPOCHS = {"last": lambda values: values.iloc[-1], "best": lambda values: values.max(),
-          "mean of last 3": lambda values: values.tail(3).mean()}
+EPOCHS = {"last": lambda values: values.iloc[-1], "best": "max", "mean of last 3": lambda values: values.tail(3).mean()}
 
 
 def ablation_table(runs, metric="val_accuracy", epoch="last"):
@@ -949,8 +931,7 @@ def ablation_table(runs, metric="val_accuracy", epoch="last"):
             import scipy.stats
 
             row |= {f"{name} sd": part.std(skipna=False) for name, part in parts.items()}
-            row["95% half width"] = (scipy.stats.t.ppf(0.975, row["seeds"] - 1) * row["difference sd"]
-                                     / math.sqrt(row["seeds"]))
+            row["95% half width"] = scipy.stats.t.ppf(0.975, row["seeds"] - 1) * parts["difference"].sem(skipna=False)
         rows[f"{MODELS[model]} layers" + ("" if shortcut == "projection" else f" ({shortcut})")] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -51,7 +51,7 @@ def test_damaged_cache_is_decoded_again(tiny_cats, damage, capsys):
 
 def test_no_images_is_an_error(tiny_cats, tmp_path, monkeypatch):
     empty = {"class_names": np.array(["cat", "dog"])} | {
-        name: np.zeros((0, 32, 32, 3) if "images" in name else 0, "uint8") for name in rh.ARRAYS}
+        name: np.zeros((0, 32, 32, 3) if "images" in name else 0, "uint8") for name in rh.Data._fields[1:]}
     np.savez(tmp_path / "empty.npz", **empty)
     monkeypatch.setenv("RESNET_DATA", str(tmp_path / "empty.npz"))
     rh.load_data.cache_clear()
