@@ -100,6 +100,18 @@ def test_readme_csv_and_histories_agree():
     assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
 
 
+def test_readme_tells_the_checks():
+    every = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    readme, last = (ROOT / "README.md").read_text(), every[(every.epoch == every.epochs) & (every.seed == 0)]
+    accuracy = 100 * last.set_index(["model", "shortcut", "learning_rate"]).val_accuracy
+    for rate in (0.0003, 0.001, 0.003):
+        gap = accuracy["resnet34", "projection", rate] - accuracy["plain34", "none", rate]
+        assert f"{gap:+.1f} at {rate}" in readme
+    for depth in (34, 50):  # "no smaller" without parameters
+        assert accuracy[f"resnet{depth}", "zero_pad", 0.001] >= accuracy[f"resnet{depth}", "projection", 0.001]
+        assert f"{accuracy[f'resnet{depth}', 'zero_pad', 0.001]:.1f}%" in readme
+
+
 def test_readme_shows_the_benchmark():
     (shown,) = re.findall(r"<!-- throughput -->\n+(.*?)\n+<!-- /throughput -->", (ROOT / "README.md").read_text(), re.S)
     assert shown == (ROOT / "results" / "throughput.md").read_text().strip()
