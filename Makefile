@@ -3,64 +3,90 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := 01_data 02_models 03_training 04_ablation
+PAGES := $(NOTEBOOKS) appendix_why
 SEEDS ?= 0 1 2
 NETWORKS ?= plain34, resnet34, plain50, resnet50, plain18, resnet18
-# Runs one notebook, prints what its cells print while they run, and keeps the executed copy in build/.
+WORKERS ?= 1
+INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar off -c requirements.lock
+# Runs one notebook and shows what its cells print; the executed copy and all messages are kept in build/.
 PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-progress-bar --stdout-file /dev/stdout
-# Every kernel says that it is not encrypted; on one's own machine nobody needs to read that four times.
-CALM := 2>&1 | grep --line-buffered -v IPKernelApp
+# Of that, only how far the training is.
+PROGRESS := 2>>build/messages.txt | grep --line-buffered -E '^(\[[0-9]+/|!!!|Decoding |[a-z]+[0-9]+.*: loaded)' || true
 
-.PHONY: run full checks test render clean
+.PHONY: help run full sweeps render test clean
+.DEFAULT_GOAL := help
 
-# All four notebooks in the quick profile; the committed ones stay as they are.
+help:
+	@echo "make run     all four notebooks in the quick profile: a smoke run of some minutes, ends in the table"
+	@echo "make test    all tests"
+	@echo "make full    train what is missing of the committed grid (hours); WORKERS=2 trains two runs side by side"
+	@echo "make sweeps  the same for other learning rates and for shortcuts without parameters"
+	@echo "make render  execute the committed notebooks again, from the committed runs"
+	@echo "make clean   remove the virtual environment and what make run has made"
+
+# The committed notebooks stay as they are.
 run: .venv/installed
-	@mkdir -p build/notebooks
+	@mkdir -p build/notebooks; : > build/messages.txt
 	@set -e; export RESNET_PROFILE=quick; n=0; \
-	$(BIN)/python -c "import resnet_helpers as rh; rh.load_data(rh.prepare_dataset())"; \
 	for name in $(NOTEBOOKS); do \
-		n=$$((n + 1)); echo; echo "=== [$$n/4] notebooks/$$name.ipynb ==="; \
-		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb $(CALM); \
+		n=$$((n + 1)); start=$$SECONDS; echo "[$$n/4] notebooks/$$name.ipynb ..."; \
+		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb > build/$$name.txt 2>> build/messages.txt & \
+		tail --pid=$$! -n +1 -F build/$$name.txt 2> /dev/null $(PROGRESS); \
+		wait $$! || { tail -n 25 build/messages.txt; exit 1; }; \
+		echo "      $$((SECONDS - start)) s"; \
 	done; \
-	$(BIN)/python -c "import resnet_helpers as rh; folder = rh.results_folder(); \
+	$(BIN)/python -c "import resnet_helpers as rh; \
+		folder = rh.RESULTS / 'quick' / rh.prepare_dataset('quick'); \
 		print('\nValidation accuracy in percent, a smoke run on', folder.name, '(no evidence):\n'); \
-		print((folder / 'ablation.md').read_text()); print('Runs and figures:', folder)"; \
-	echo "Executed notebooks: $(CURDIR)/build/notebooks"
+		print((folder / 'ablation.md').read_text()); print('Runs and figures:', folder)" 2>> build/messages.txt; \
+	echo "Executed notebooks: build/notebooks. Open them: $(BIN)/jupyter lab build/notebooks"; \
+	echo "The full results, three seeds of 15 epochs: README.md and notebooks/04_ablation.ipynb. To train them: make full"
 
-# The full grid, seed by seed; what is there is not trained again, what was cut off goes on.
+# Seed by seed; what is there is not trained again, what was cut off goes on.
 full: .venv/installed
 	@mkdir -p build/notebooks
 	@set -e; for seed in $(SEEDS); do \
-		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb \
-			-p profile full -y "{seeds: [$$seed], networks: [$(NETWORKS)]}" $(CALM); \
+		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb -p profile full \
+			-y "{seeds: [$$seed], networks: [$(NETWORKS)], workers: $(WORKERS)}" 2>> build/messages.txt; \
 	done
 
-# Beside the grid, one seed: other learning rates, and shortcuts without parameters. Notebook 4 shows both.
-checks: .venv/installed
+sweeps: .venv/installed
 	@mkdir -p build/notebooks
 	@set -e; train="$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training"; \
 	for rate in 0.0003 0.003; do \
 		$$train-rate$$rate.ipynb -p profile full \
-			-y "{networks: [plain34, resnet34, plain50, resnet50], changes: {learning_rate: $$rate}}" $(CALM); \
+			-y "{networks: [plain34, resnet34, plain50, resnet50], changes: {learning_rate: $$rate}, workers: $(WORKERS)}"; \
 	done; \
-	$$train-zero_pad.ipynb -p profile full -y "{networks: [resnet34, resnet50], changes: {shortcut: zero_pad}}" $(CALM)
+	$$train-zero_pad.ipynb -p profile full \
+		-y "{networks: [resnet34, resnet50], changes: {shortcut: zero_pad}, workers: $(WORKERS)}"
 
-# The committed notebooks, anew from the full results.
+# Without what TensorFlow prints when it is loaded, and without times.
+CLEAN := import json, sys; path = sys.argv[1]; page = json.load(open(path)); \
+	[(cell["metadata"].pop("execution", None), cell.update(outputs=[output for output in cell["outputs"] \
+	if output.get("name") != "stderr"])) for cell in page["cells"] if cell["cell_type"] == "code"]; \
+	open(path, "w").write(json.dumps(page, indent=1, ensure_ascii=False) + "\n")
+
 render: .venv/installed
-	@set -e; cd notebooks; for name in $(NOTEBOOKS); do \
-		echo "notebooks/$$name.ipynb"; RESNET_PROFILE=full ../$(BIN)/jupyter execute --inplace $$name.ipynb $(CALM); \
+	@set -e; for name in $(PAGES); do \
+		echo "notebooks/$$name.ipynb"; \
+		RESNET_PROFILE=full $(BIN)/jupyter execute --inplace notebooks/$$name.ipynb; \
+		$(BIN)/python -c '$(CLEAN)' notebooks/$$name.ipynb; \
 	done
 
 test: .venv/installed-tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
-.venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/installed: requirements.txt requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
+		f"Python 3.11, 3.12 or 3.13 is needed; this is {v[0]}.{v[1]}. Name another: make run PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv || { echo "Python has no venv here. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing TensorFlow, Jupyter and what they need into .venv (about 2.5 GB, some minutes) ..."
+	@$(INSTALL) -r requirements.txt | grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c 1-100
 	@touch $@
 
 .venv/installed-tests: .venv/installed tests/requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@$(INSTALL) --quiet -r tests/requirements.txt
 	@touch $@
 
 clean:

@@ -32,8 +32,7 @@ def tiny_tfds(tmp_path_factory):
 def tiny_cats(tiny_tfds, tmp_path, monkeypatch):
     """Make the tiny data set the one that is found; returns the test's folder, whose `cache` holds the decoded file."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds))
-    monkeypatch.setenv("RESNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("RESNET_DATA", raising=False)
+    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
     rh.load_data.cache_clear()
     yield tmp_path
     rh.load_data.cache_clear()

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+SMALL = {20: (3, 3, 3), 32: (5, 5, 5), 56: (9, 9, 9)}  # section 4.2
 
 
 class ConvBN(nn.Sequential):
@@ -47,13 +48,14 @@ class Net(nn.Module):
 
     def __init__(self, depth, classes, shortcut, v15=False, cifar_stem=False):
         super().__init__()
-        self.stem = ConvBN(3, 64, 3) if cifar_stem else ConvBN(3, 64, 7, 2)
+        width, cifar_stem = 16 if depth in SMALL else 64, cifar_stem or depth in SMALL
+        self.stem = ConvBN(3, width, 3) if cifar_stem else ConvBN(3, width, 7, 2)
         self.pool = nn.Identity() if cifar_stem else nn.MaxPool2d(3, 2, padding=1)
-        self.units, inputs, bottleneck = nn.ModuleDict(), 64, depth >= 50
-        for stage, count in enumerate(UNITS[depth]):
+        self.units, inputs, bottleneck = nn.ModuleDict(), width, depth == 50
+        for stage, count in enumerate({**UNITS, **SMALL}[depth]):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                unit = Unit(inputs, 64 << stage, stride, bottleneck, shortcut, v15)
+                unit = Unit(inputs, width << stage, stride, bottleneck, shortcut, v15)
                 self.units[f"conv{stage + 2}_block{i + 1}"], inputs = unit, unit.branch[-1][0].out_channels
         self.fc = nn.Linear(inputs, classes)
 

@@ -12,7 +12,7 @@ import resnet_helpers as rh
 def test_split_sizes_values_and_one_decoding(tiny_cats, capsys):
     data = rh.load_data()
     assert (len(data.train_labels), len(data.val_labels)) == (140, 60)
-    assert data.class_names == ("cat", "dog") and data.train_images.dtype == np.uint8
+    assert list(data.class_names) == ["cat", "dog"] and data.train_images.dtype == np.uint8
     assert data.train_images.shape == (140, 32, 32, 3)
     # A cat of the tiny data set is red, a dog blue: the images still belong to their labels.
     for images, labels in ((data.train_images, data.train_labels), (data.val_images, data.val_labels)):
@@ -21,7 +21,7 @@ def test_split_sizes_values_and_one_decoding(tiny_cats, capsys):
     rh.load_data.cache_clear()
     again = rh.load_data()
     assert "Decoding" not in capsys.readouterr().out
-    assert (again.train_images == data.train_images).all() and again.class_names == data.class_names
+    assert (again.train_images == data.train_images).all() and (again.class_names == data.class_names).all()
 
 
 def test_resizing_is_that_of_the_notebook(tiny_cats):
@@ -49,31 +49,62 @@ def test_damaged_cache_is_decoded_again(tiny_cats, damage, capsys):
     assert "damaged" in capsys.readouterr().out
 
 
-def test_no_images_is_an_error(tiny_cats, tmp_path, monkeypatch):
-    empty = {"class_names": np.array(["cat", "dog"])} | {
-        name: np.zeros((0, 32, 32, 3) if "images" in name else 0, "uint8") for name in rh.Data._fields[1:]}
-    np.savez(tmp_path / "empty.npz", **empty)
-    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "empty.npz"))
+def test_images_that_cannot_be_kept_are_used_all_the_same(tiny_cats, monkeypatch, capsys):
+    (tiny_cats / "file").write_text("")
+    monkeypatch.setenv("RESNET_DATA", str(tiny_cats / "file"))  # not a folder: nothing can be written into it
+    assert len(rh.load_data().train_labels) == 140
+    assert "decoded images are not kept" in capsys.readouterr().out
+
+
+def test_decoded_images_need_no_prepared_data_set(tiny_cats, monkeypatch):
+    expected = rh.load_data().train_images
     rh.load_data.cache_clear()
-    with pytest.raises(ValueError, match="No images. Received: 0 for training, 0 for validation"):
-        rh.load_data()
-    with pytest.raises(ValueError, match="Received: 0 and 0"):
-        rh.Batches(np.zeros((0, 32, 32, 3)), np.zeros(0))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_cats / "none"))
+    assert rh.prepare_dataset("full") == "cats_vs_dogs"
+    assert (rh.load_data().train_images == expected).all()
+    with pytest.raises(FileNotFoundError, match="cats_vs_dogs is not prepared in"):
+        rh.load_data(image_size=64)
 
 
-def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch, capsys):
+def test_no_images_is_an_error():
+    with pytest.raises(ValueError, match="as many labels as images. Received: 0 and 2"):
+        rh.Batches(np.zeros((2, 32, 32, 3)), np.zeros(0))
+
+
+def test_the_newest_version_is_a_number_and_not_a_word(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for version in ("4.0.9", "4.0.10"):
+        (tmp_path / "cats_vs_dogs" / version).mkdir(parents=True)
+        (tmp_path / "cats_vs_dogs" / version / "dataset_info.json").write_text("")
+    assert rh._prepared("cats_vs_dogs").parent.name == "4.0.10"
+
+
+@pytest.mark.parametrize("name, function", [("TFDS_DATA_DIR", rh.data_dir)])
+def test_an_empty_setting_means_the_default_and_home_is_expanded(monkeypatch, name, function):
+    monkeypatch.setenv(name, "")
+    assert function() == rh.pathlib.Path.home() / "tensorflow_datasets"
+    monkeypatch.setenv(name, "~/elsewhere")
+    assert function() == rh.pathlib.Path.home() / "elsewhere"
+
+
+@pytest.mark.parametrize("status", [None, 403, 404])
+def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch, capsys, status):
     import requests
 
     def no_network(*args, **kwargs):
-        raise requests.exceptions.ConnectionError("no route")
+        if status is None:
+            raise requests.exceptions.ConnectionError("no route")
+        response = requests.Response()
+        response.status_code = status
+        return response
 
     monkeypatch.setattr(requests, "head", no_network)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ConnectionError, match="cats_vs_dogs is not prepared in .*TFDS_DATA_DIR.*RESNET_PROFILE=quick"):
+    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match="cats_vs_dogs in .*TFDS_DATA_DIR.*RESNET_PROFILE=quick"):
         rh.prepare_dataset("full")
     assert rh.prepare_dataset("quick") == rh.DIGITS == rh.prepare_dataset("quick")
     assert capsys.readouterr().out.count("NO CATS, NO DOGS") == 2
-    monkeypatch.setenv("RESNET_CACHE", str(tmp_path / "cache"))
     rh.load_data.cache_clear()
     data = rh.load_data(rh.DIGITS)
     assert len(data.train_labels) + len(data.val_labels) == 1797 and len(data.class_names) == 10
@@ -83,13 +114,13 @@ def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: rh.get_profile("fast"), "Received: 'fast'. Allowed: full, quick, test"),
-    (lambda: rh.make_config("resnet35"), "Received: 'resnet35'. Allowed: plain18, resnet18"),
-    (lambda: rh.make_config("resnet34", epoch=3), "Received: 'epoch'. Allowed: image_size, batch_size"),
-    (lambda: rh.make_config("resnet34", schedule="constant"), "Received: 'schedule'. Allowed: image_size"),
-    (lambda: rh.make_config("resnet34", shortcut="none"), "Received: 'none'. Allowed: zero_pad, projection"),
-    (lambda: rh.make_config("plain34", shortcut="projection"), "Received: 'projection'. Allowed: none"),
-    (lambda: rh.build_from_config(rh.make_config("resnet18", optimizer="lion"), 2), "Received: 'lion'. Allowed: adam"),
+    (lambda: rh.get_profile("fast"), "profile out of full, quick, test. Received: 'fast'"),
+    (lambda: rh.make_config("resnet35"), "model out of plain18, resnet18.* Received: 'resnet35'"),
+    (lambda: rh.make_config("resnet34", epoch=3), "entry of a configuration out of model, dataset, image_size.* Received: 'epoch'"),
+    (lambda: rh.make_config("resnet34", schedule="constant"), "schedule out of half an epoch up, cosine down. Received: 'constant'"),
+    (lambda: rh.make_config("resnet34", shortcut="none"), "shortcut out of zero_pad, projection, projection_all. Received: 'none'"),
+    (lambda: rh.make_config("plain34", shortcut="projection"), "shortcut out of none. Received: 'projection'"),
+    (lambda: rh.make_config("resnet18", optimizer="lion"), "optimizer out of adam, sgd. Received: 'lion'"),
 ])
 def test_errors_name_what_is_allowed(call, words):
     with pytest.raises(ValueError, match=words):
@@ -115,8 +146,9 @@ def made_run(model, seed=0, last=None, status="finished", **changes):
 
 
 def save(folder, *runs):
+    folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
-        rh._write_run(rh.run_path(run["config"], folder), run)
+        rh.run_path(run["config"], folder).write_text(json.dumps(run))
     return rh.read_runs(folder)
 
 
@@ -131,11 +163,12 @@ def test_save_load_table_round_trip(tmp_path):
     np.testing.assert_allclose(table["difference sd"], np.std([[0.10, 0.08], [0.18, 0.12]], axis=1, ddof=1))
     # t(0.975, one degree of freedom) = 12.706
     np.testing.assert_allclose(table["95% half width"], 12.7062 * table["difference sd"] / 2**0.5, rtol=1e-5)
-    assert rh.percent_table(table).loc["34 layers", "residual"] == "71.0 ± 1.4"
+    assert rh.format_percent(table).loc["34 layers", "residual"] == "71.0 ± 1.4"
     np.testing.assert_allclose(rh.ablation_table(runs, epoch="best").residual, 0.9)
     back = pd.read_csv(pd.io.common.StringIO(table.to_csv()), index_col=0)
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
-    assert rh.to_markdown(rh.percent_table(table)).splitlines()[2].startswith("| 34 layers | 62.0 ± 2.8 | 71.0 ± 1.4 |")
+    words = rh.format_percent(table).to_markdown().splitlines()[2].split()
+    assert words[:8] == "| 34 layers | 62.0 ± 2.8 |".split()
 
 
 def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
@@ -148,16 +181,16 @@ def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
 
 def test_diverged_runs_have_no_number(tmp_path):
     diverged = made_run("plain34", status="diverged")
-    diverged["history"]["loss"][1] = float("nan")
+    diverged["history"]["loss"][1] = None
     table = rh.ablation_table(save(tmp_path, diverged, made_run("resnet34")))
-    assert list(rh.percent_table(table).loc["34 layers"]) == ["diverged", "70.0", "diverged"]
-    json.loads(next(tmp_path.glob("plain*")).read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert list(rh.format_percent(table).loc["34 layers"]) == ["diverged", "70.0", "diverged"]
 
 
-@pytest.mark.parametrize("change, file", [({"epochs": 3}, "resnet34-seed0.json"),
-                                          ({"learning_rate": 0.1}, "resnet34-rate0.1-seed0.json"),
-                                          ({"train_images": 95}, "resnet34-seed0.json"),
-                                          ({"optimizer": "sgd"}, "resnet34-seed0.json")])
+@pytest.mark.parametrize("change, file", [({"epochs": 3}, "resnet34-epochs_3-seed0.json"),
+                                          ({"learning_rate": 0.1}, "resnet34-learning_rate_0.1-seed0.json"),
+                                          ({"train_images": 95}, "resnet34-train_images_95-seed0.json"),
+                                          ({"stem": "cifar"}, "resnet34-stem_cifar-seed0.json"),
+                                          ({"optimizer": "sgd"}, "resnet34-optimizer_sgd-seed0.json")])
 def test_unequal_runs_are_refused_by_name(tmp_path, change, file):
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34", **change))
     with pytest.raises(ValueError, match=rf"differ in {next(iter(change))} ") as error:
@@ -165,36 +198,60 @@ def test_unequal_runs_are_refused_by_name(tmp_path, change, file):
     assert "plain34-seed0.json" in str(error.value) and file in str(error.value)
 
 
-def test_unequal_machines_seeds_and_a_missing_twin_are_refused(tmp_path):
-    other = made_run("resnet34")
-    other["environment"]["device"] = "GPU"
-    with pytest.raises(ValueError, match="differ in device"):
-        rh.ablation_table(save(tmp_path / "a", made_run("plain34"), other))
-    with pytest.raises(ValueError, match="not the same seeds"):
-        rh.ablation_table(save(tmp_path / "b", made_run("plain34"), made_run("resnet34", 1)))
-    with pytest.raises(ValueError, match="No run of plain34 .*resnet34-seed0.json"):
-        rh.ablation_table(save(tmp_path / "c", made_run("resnet34")))
+def test_unequal_machines_and_a_missing_twin_are_refused(tmp_path):
+    for key in ("device", "images_crc32", "labels_crc32"):
+        plain, other = made_run("plain34"), made_run("resnet34")
+        plain["environment"]["labels_crc32"] = 7
+        other["environment"] |= {"labels_crc32": 7, key: "another"}
+        with pytest.raises(ValueError, match=f"differ in {key} .*plain34-seed0.json.*resnet34-seed0.json"):
+            rh.ablation_table(save(tmp_path / key, plain, other))
+    with pytest.raises(ValueError, match="a run of plain34 to compare resnet34 with. Received: .'resnet34'."):
+        rh.ablation_table(save(tmp_path / "alone", made_run("resnet34")))
 
 
-def test_incomplete_seeds_are_left_out_and_named(tmp_path, capsys):
-    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), made_run("plain34", 1))
-    assert set(rh.complete_seeds(runs).seed) == {0}
-    assert "plain34-seed1.json" in capsys.readouterr().out
+def test_a_run_without_a_checksum_of_the_labels_is_comparable(tmp_path):
+    old, new = made_run("plain34"), made_run("resnet34")
+    new["environment"]["labels_crc32"] = 7
+    assert rh.ablation_table(save(tmp_path, old, new)).difference.item() == pytest.approx(0.1)
 
 
-def test_the_folder_is_that_of_the_photographs_before_that_of_the_digits(tmp_path, monkeypatch):
-    monkeypatch.setattr(rh, "RESULTS", tmp_path)
-    assert rh.results_folder("quick") == tmp_path / "quick" / "cats_vs_dogs"
-    for dataset in (rh.DIGITS, "cats_vs_dogs"):
-        save(tmp_path / "quick" / dataset, made_run("plain34"))
-        assert rh.results_folder("quick") == tmp_path / "quick" / dataset
+def test_each_pair_has_its_own_seeds(tmp_path):
+    """One more seed of one network, or one more network of one seed, leaves everything else as it was."""
+    grid = [made_run(model, seed) for model in ("plain34", "resnet34") for seed in (0, 1)]
+    alone = rh.ablation_table(save(tmp_path / "a", *grid))
+    more = [made_run("resnet34", 2, last=0.1), made_run("plain50"), made_run("resnet50")]
+    table = rh.ablation_table(save(tmp_path / "b", *grid, *more))
+    pd.testing.assert_frame_equal(table.loc[["34 layers"]], alone)
+    assert table.seeds["50 layers"] == 1 and np.isnan(table["95% half width"]["50 layers"])
 
 
-def test_runs_of_one_seed_at_other_rates_and_shortcuts_do_not_share_a_file():
-    changes = [{}, {"learning_rate": 3e-4}, {"learning_rate": 3e-3}, {"shortcut": "zero_pad"}]
+def test_each_network_at_its_own_rate(tmp_path):
+    runs = save(tmp_path, *(made_run(model, last=0.5 + rate, learning_rate=rate)
+                            for model in ("plain34", "resnet34") for rate in (0.1, 0.2)))
+    with pytest.raises(ValueError, match="differ in learning_rate"):
+        rh.ablation_table(runs)
+    table = rh.ablation_table(runs, rates={"plain34": 0.1, "resnet34": 0.2})
+    assert (table.plain.item(), table.residual.item()) == (pytest.approx(0.6), pytest.approx(0.7))
+
+
+def test_zero_gamma_is_a_third_arm(tmp_path):
+    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), made_run("resnet34", last=0.8, zero_gamma=True))
+    assert list(rh.ablation_table(runs).index) == ["34 layers", "34 layers (zero gamma)"]
+
+
+def test_every_change_names_its_file():
+    changes = [{}, {"learning_rate": 3e-4}, {"shortcut": "zero_pad"}, {"epochs": 45}, {"optimizer": "sgd"},
+               {"stem": "cifar"}, {"stride_in": "3x3"}, {"batch_size": 32}, {"image_size": 64}, {"zero_gamma": True}]
     names = [rh.run_path(rh.make_config("resnet34", **change)).name for change in changes]
-    assert names == ["resnet34-seed0.json", "resnet34-rate0.0003-seed0.json", "resnet34-rate0.003-seed0.json",
-                     "resnet34-zero_pad-seed0.json"]
+    assert names[:3] == ["resnet34-seed0.json", "resnet34-learning_rate_0.0003-seed0.json",
+                         "resnet34-shortcut_zero_pad-seed0.json"]
+    assert len(set(names)) == len(names)
+    assert rh.run_path(rh.make_config("resnet20", shortcut="zero_pad")).name == "resnet20-seed0.json"  # as in the paper
+
+
+def test_a_configuration_survives_json_and_numpy():
+    config = rh.make_config("resnet34", seed=np.int64(3), learning_rate=np.float32(0.5))
+    assert rh.make_config(**json.loads(json.dumps(config))) == config and type(config["seed"]) is int
 
 
 def test_no_runs_and_foreign_files(tmp_path):
@@ -211,32 +268,34 @@ def test_figures_are_opaque_white_png(tmp_path):
 
     runs = save(tmp_path, *(made_run(model, seed) for model in ACCURACY for seed in (0, 1)))
     images = rh.plot_images(np.zeros((3, 8, 8, 3)), [0, 1, 0], "ab", "")
-    for figure in (rh.plot_histories(runs), rh.plot_depths(runs), images):
-        rh.save_figure(figure, tmp_path / "figure.png")
+    for figure in (rh.plot_histories(runs, "Finding"), images):
+        figure.savefig(tmp_path / "figure.png")
         corner = plt.imread(tmp_path / "figure.png")[0, 0]
         assert (corner == 1).all()
         plt.close(figure)
 
 
-def test_one_colour_per_net_solid_training_dashed_validation(tmp_path):
+def test_one_colour_per_network_solid_training_dashed_validation(tmp_path):
+    import matplotlib.colors
     import matplotlib.pyplot as plt
 
     figure = rh.plot_histories(save(tmp_path, *(made_run(model) for model in ACCURACY)))
     for axis, depth in zip(figure.axes, (34, 50, 34, 50)):
-        styles = {(line.get_color(), line.get_linestyle()) for line in axis.get_lines()}
-        nets = f"plain{depth}", f"resnet{depth}"
-        assert styles == {(rh.COLOURS[model], style) for model in nets for style in ("-", "--")}
+        lines = [line for line in axis.get_lines() if len(line.get_xdata())]
+        styles = {(matplotlib.colors.to_hex(line.get_color()), line.is_dashed()) for line in lines}
+        networks = f"plain{depth}", f"resnet{depth}"
+        assert styles == {(rh.COLOURS[model], dashed) for model in networks for dashed in (False, True)}
     plt.close(figure)
 
 
-def test_signal_figure_takes_any_nets():
-    import matplotlib.pyplot as plt
+def test_colours_tell_kind_and_depth():
+    import matplotlib.colors
 
-    signals = pd.DataFrame({"signal": [1.0, 2.0], "gradient": [0.1, 0.2]})
-    figure = rh.plot_signals({"resnet34": signals, "plain50": signals}, "gradient", "")
-    assert [[line.get_color() for line in axis.get_lines()] for axis in figure.axes] == [
-        [rh.COLOURS["resnet34"]], [rh.COLOURS["plain50"]]]
-    plt.close(figure)
+    for model, colour in rh.COLOURS.items():
+        red, _, blue = matplotlib.colors.to_rgb(colour)
+        assert (red > blue) == model.startswith("plain"), model
+    for family in ([18, 34, 50, 101, 152], [20, 32, 44, 56, 110]):
+        assert len({rh.COLOURS[f"{kind}{depth}"] for depth in family for kind in ("plain", "resnet")}) == 10
 
 
 def test_saved_model_loads(tmp_path):

@@ -77,7 +77,7 @@ def kernel_gradients(model, images, labels, names):
 @pytest.mark.parametrize("depth", [50, 101, 152])
 def test_parity_with_keras_applications(depth):
     weights = None
-    for size, count in ((64, 4), (224, 2), *([(32, 4)] if depth == 50 else [])):
+    for size, count in ((64, 4), *([(224, 2), (32, 4)] if depth == 50 else [])):
         ours = rh.create_model(f"resnet{depth}", (size, size, 3), 10, seed=0)
         if weights:
             ours.set_weights(weights)
@@ -124,14 +124,21 @@ def double_precision():
     ("resnet50", 32, {"shortcut": "zero_pad"}),
     ("plain50", 32, {}),
     ("plain50", 64, {"stride_in": "3x3"}),
+    ("resnet20", 32, {}),
+    ("plain20", 32, {}),
+    ("resnet32", 32, {"shortcut": "projection"}),
+    ("resnet56", 32, {}),
+    ("plain56", 32, {}),
 ], ids=str)
 def test_parity_with_pytorch(name, size, options):
     torch = pytest.importorskip("torch", reason="the independent reference is written in PyTorch (a test-only package)")
     import reference_torch
 
     ours = randomize(rh.create_model(name, (size, size, 3), 10, seed=1, **options))
-    shortcut = "none" if name.startswith("plain") else options.get("shortcut", "projection")
-    theirs = reference_torch.Net(int(name[-2:]), 10, shortcut, options.get("stride_in") == "3x3",
+    depth = int(name[-2:])
+    usual = "zero_pad" if depth in reference_torch.SMALL else "projection"
+    shortcut = "none" if name.startswith("plain") else options.get("shortcut", usual)
+    theirs = reference_torch.Net(depth, 10, shortcut, options.get("stride_in") == "3x3",
                                  options.get("stem") == "cifar").double().eval().requires_grad_(False)
     theirs.load(layer_weights(ours))
     images, labels = random_images(size), np.arange(4)
@@ -167,6 +174,10 @@ def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
         direction = tf.constant(rng.normal(size=expected.shape), "float32")
         losses = [tf.reduce_sum(result * direction) for result in (outputs, expected)]
     assert symbolic.shape[1:] == outputs.shape[1:]
+    active = rh.Conv2D(4, kernel_size, strides=stride, padding="same", use_bias=False, activation="relu")
+    active.build(inputs.shape)
+    active.kernel.assign(kernel)
+    np.testing.assert_array_equal(active(inputs), tf.nn.relu(outputs))
     assert difference(outputs, expected) <= 1e-5
     for variable in (inputs, kernel):
         assert difference(*(tape.gradient(loss, variable) for loss in losses)) <= 1e-5
@@ -228,10 +239,24 @@ def test_stage_table_is_table_1_of_the_paper(name, options, units, billions):
     assert table.loc["total", "multiply-adds"] / 1e9 == pytest.approx(billions, abs=0.06)
 
 
+# Section 4.2, and the parameters of its Table 6, in millions.
+@pytest.mark.parametrize("depth, millions", [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_networks_of_section_4_2(depth, millions):
+    plain, residual = (shared_net(f"{kind}{depth}", classes=10) for kind in ("plain", "resnet"))
+    assert trainable(plain) == trainable(residual)  # option A: no parameters in the shortcuts
+    assert trainable(plain) / 1e6 == pytest.approx(millions, abs=0.05 if depth == 110 else 0.005)
+    table, units = rh.stage_table(residual), (depth - 2) // 6
+    assert list(table.index) == ["conv1", "conv2_x", "conv3_x", "conv4_x", "classifier", "total"]
+    assert list(table["output"]) == ["32x32x16", "32x32x16", "16x16x32", "8x8x64", "10", ""]
+    assert list(table["layers"]) == ["3x3, 16", *(f"3x3, {width}; 3x3, {width}" for width in (16, 32, 64)), "fc, 10", ""]
+    assert list(table["units"]) == [0, units, units, units, 0, 3 * units]
+    assert table.loc["total", "weight layers"] == depth
+
+
 # ------------------------------------------------------------------------------------------ twins and shortcuts
 
 
-@pytest.mark.parametrize("depth, units", [(18, 8), (34, 16), (50, 16)])
+@pytest.mark.parametrize("depth, units", [(18, 8), (34, 16), (50, 16), (20, 9), (56, 27)])
 def test_twins_differ_in_the_shortcuts_and_nothing_else(depth, units):
     plain, residual = (shared_net(f"{kind}{depth}") for kind in ("plain", "resnet"))
     adds = [[layer.name for layer in net.layers if isinstance(layer, keras.layers.Add)] for net in (plain, residual)]
@@ -281,6 +306,17 @@ def test_zero_padded_shortcut_subsamples_and_adds_empty_channels(name, before, u
     np.testing.assert_array_equal(model(x), expected)
 
 
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet20"])
+def test_zero_gamma_starts_with_residual_branches_that_are_zero(name):
+    usual, zero = (rh.create_model(name, seed=0, zero_gamma=option) for option in (False, True))
+    changed = {layer for layer, arrays in layer_weights(zero).items()
+               if any((a != b).any() for a, b in zip(arrays, layer_weights(usual)[layer]))}
+    last = 3 if name == "resnet50" else 2
+    assert changed == {layer.name.replace("out", f"{last}_bn") for layer in usual.layers if layer.name.endswith("_out")}
+    branch = keras.Model(zero.input, [zero.get_layer(layer).output for layer in changed])
+    assert not any(np.any(output) for output in branch(random_images(32), training=True))
+
+
 @pytest.mark.parametrize("options, units", [
     ({"shortcut": "zero_pad"}, 0), ({}, 3), ({"shortcut": "projection_all"}, 16),
 ])
@@ -303,11 +339,13 @@ def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **option
     (lambda: rh.create_model("resnet18", stem="mnist"), "'mnist'", "imagenet, cifar"),
     (lambda: rh.create_model("resnet18", num_classes=1), "1", "at least 2"),
     (lambda: rh.create_model("resnet18", (32, 31, 3)), "(32, 31, 3)", "at least 32"),
+    (lambda: rh.create_model("resnet20", (7, 8, 3)), "(7, 8, 3)", "at least 8"),
+    (lambda: rh.create_model("plain18", zero_gamma=True), "is_plain=True", "shortcuts for zero_gamma"),
     (lambda: rh.create_model("resnet18", (7, 8, 3), stem="cifar"), "(7, 8, 3)", "at least 8"),
     (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
-    (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2), "[2, 2] and [64]", "one entry for each stage"),
-    (lambda: small_block((3, 3), (4,)), "[3, 3] and [4]", "one entry for each convolution"),
-    (lambda: small_block((), ()), "[] and []", "one entry for each convolution"),
+    (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2), "[2, 2] and [64]", "one entry per stage"),
+    (lambda: small_block((3, 3), (4,)), "[3, 3] and [4]", "one entry per convolution"),
+    (lambda: small_block((), ()), "[] and []", "one entry per convolution"),
     (lambda: small_block(num_units=0), "num_units=0", "at least 1"),
     (lambda: small_block(shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
 ])
@@ -320,25 +358,9 @@ def test_errors_name_what_was_received_and_what_is_allowed(build, received, allo
 # ------------------------------------------------------------------------------------- what goes through a net
 
 
-@pytest.mark.parametrize("stem, size, taps", [("imagenet", 8, np.eye(3)[1] * np.eye(3)[:, 1:2]), ("cifar", 32, 1)])
-def test_taps_that_see_only_padding_get_no_gradient(stem, size, taps):
+@pytest.mark.parametrize("stem, size, used", [("imagenet", 8, np.eye(3)[1] * np.eye(3)[:, 1:2]), ("cifar", 32, 1)])
+def test_kernel_weights_that_see_only_padding_get_no_gradient(stem, size, used):
     net = rh.create_model("resnet34", seed=0, stem=stem)
     assert net.get_layer("conv2_block1_out").output.shape[1:3] == (size, size)
     (gradient,) = kernel_gradients(net, random_images(32), [0, 1, 1, 0], ["conv5_block2_1_conv"])
-    np.testing.assert_array_equal(np.abs(gradient).max((2, 3)) > 0, np.ones((3, 3)) * taps > 0)
-
-
-@pytest.mark.parametrize("name", ["resnet34", "plain34"])
-def test_unit_signals(name):
-    net = rh.create_model(name, seed=0)
-    images, labels, before = random_images(32, 8), np.arange(8) % 2, net.get_weights()
-    table = rh.unit_signals(net, images, labels)
-    for weight, after in zip(before, net.get_weights(), strict=True):
-        np.testing.assert_array_equal(weight, after)
-    assert list(table.index) == [f"conv{stage}_block{i}" for stage, count in enumerate([3, 4, 6, 3], 2)
-                                 for i in range(1, count + 1)]
-    for unit in ("conv2_block1", "conv3_block1", "conv5_block3"):
-        gradients = kernel_gradients(net, images, labels, [f"{unit}_{i}_conv" for i in (1, 2)])
-        assert table.gradient[unit] == pytest.approx(np.sqrt(sum((g**2).sum() for g in gradients)), rel=1e-4)
-        output = keras.Model(net.input, net.get_layer(f"{unit}_out").output)(images, training=True)
-        assert table.signal[unit] == pytest.approx(np.sqrt(np.square(output).mean()), rel=1e-4)
+    np.testing.assert_array_equal(np.abs(gradient).max((2, 3)) > 0, np.ones((3, 3)) * used > 0)

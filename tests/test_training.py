@@ -1,26 +1,29 @@
-import contextlib
+import concurrent.futures
 import errno
-import gc
 import importlib.util
 import itertools
 import json
 import math
 import os
 import signal
-import types
+import subprocess
+import sys
+import time
 
+import filelock
 import keras
 import numpy as np
 import pytest
 import resnet_helpers as rh
-from training_runs import SMALL, add_small_nets, finish, losses, outcome, start, wait_for, write_images
+from training_runs import ROOT, SMALL, add_small_nets, finish, losses, outcome, start, wait_for, write_images
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_world(tmp_path_factory):
     """Small nets, and made-up images in place of the real ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RESNET_DATA", str(write_images(tmp_path_factory.mktemp("images") / "images.npz")))
+        for name, value in write_images(tmp_path_factory.mktemp("images") / "decoded").items():
+            patch.setenv(name, value)
         add_small_nets(rh, patch.setitem)
         rh.load_data.cache_clear()
         yield
@@ -38,17 +41,26 @@ def whole(small_world, tmp_path_factory):
     return folder, rh.train_run(config(), folder)
 
 
+def stop_after(epoch, monkeypatch):
+    """Interrupt training once an epoch is saved, as the stop button may at any moment."""
+    end = rh.Checkpoint.on_epoch_end
+
+    def stop(self, number, logs=None):
+        end(self, number, logs)
+        if number + 1 == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rh.Checkpoint, "on_epoch_end", stop)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(whole, tmp_path_factory):
     """The same run's checkpoint after its first epoch."""
-    def stop(run):
-        raise KeyboardInterrupt
-
     folder = tmp_path_factory.mktemp("checkpoint")
-    with pytest.raises(KeyboardInterrupt):
-        rh.train_run(config(), folder, on_epoch=stop)
-    [path] = folder.iterdir()
-    return path
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(1, patch)
+        rh.train_run(config(), folder)
+    return folder / "resnet10-seed0.checkpoint.npz"
 
 
 def train_and_compare(folder, whole, *left):
@@ -71,7 +83,6 @@ def flip_bit(path, offset):
 def test_same_history_after_another_model_and_in_a_fresh_process(whole, tmp_path):
     fresh = start(tmp_path / "fresh")
     rh.train_run(config(model="plain10", seed=1, epochs=1), tmp_path / "other")
-    (tmp_path / "again").mkdir()
     train_and_compare(tmp_path / "again", whole)
     finish(fresh)
     assert outcome(rh.train_run(config(), tmp_path / "fresh")) == outcome(whole[1])
@@ -81,28 +92,28 @@ def test_same_history_after_another_model_and_in_a_fresh_process(whole, tmp_path
 @pytest.mark.parametrize("epoch", (1, 2))
 def test_goes_on_exactly_after_kill_9(whole, tmp_path, capsys, epoch):
     with start(tmp_path) as process:
-        wait_for(process, f"epoch {epoch}/2")
+        wait_for(process, f"Epoch {epoch}/2")
         process.kill()
     assert not list(tmp_path.glob("*.json"))
-    (tmp_path / ".resnet10-seed0.json.1").write_text("what a kill while saving leaves")
+    (tmp_path / ".1234abcd.resnet10-seed0.json").write_text("what a kill while saving leaves")
     train_and_compare(tmp_path, whole)
-    assert "going on after epoch" in capsys.readouterr().out or epoch == 1  # it may die before the first checkpoint
+    assert ("Going on after epoch 1 of 2" in capsys.readouterr().out) == (epoch == 2)
 
 
 def test_goes_on_exactly_after_the_stop_button(whole, tmp_path, monkeypatch, capsys):
-    def stop(recorder, batch, logs=None):
-        if (recorder.train.epoch, batch) == (1, 1):
+    def stop(checkpoint, batch, logs=None):
+        if (checkpoint.train.epoch, batch) == (1, 1):
             signal.raise_signal(signal.SIGINT)  # what Jupyter's stop button sends
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(rh._Recorder, "on_train_batch_end", stop)
+            patch.setattr(rh.Checkpoint, "on_train_batch_end", stop)
             rh.train_run(config(), tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
     train_and_compare(tmp_path, whole)
-    assert "going on after epoch 1 of 2" in capsys.readouterr().out
+    assert "Going on after epoch 1 of 2" in capsys.readouterr().out
 
 
 def test_learning_rate_rises_for_half_an_epoch_and_ends_at_zero():
@@ -117,21 +128,24 @@ def test_learning_rate_rises_for_half_an_epoch_and_ends_at_zero():
     assert rates[2] > rates[3] > rates[4] > rates[5] and rates[5:] == pytest.approx([0, 0], abs=1e-8)
 
 
+def predictions(run):
+    return np.frombuffer(rh.zlib.decompress(rh.base64.b64decode(run["val_predictions"])), "uint8")
+
+
 def test_predictions_are_kept_for_every_validation_image(whole):
-    answers = rh.read_predictions(rh.run_path(config(), whole[0]))
     labels = rh.load_data().val_labels[: SMALL["val_images"]]
-    assert np.mean(answers == labels) == pytest.approx(whole[1]["history"]["val_accuracy"][-1])
+    assert np.mean(predictions(whole[1]) == labels) == pytest.approx(whole[1]["history"]["val_accuracy"][-1])
 
 
-def test_a_trained_net_is_freed(whole, tmp_path):
-    """Its graph would keep all its weights: some 300 MB a net in a notebook that trains 18 of them."""
-    def graphs():
-        gc.collect()
-        return sum(type(thing).__name__ == "FuncGraph" for thing in gc.get_objects())
-
-    before = graphs()
-    rh.train_run(config(), tmp_path)
-    assert graphs() == before
+def test_kept_weights_are_those_of_the_end_and_nothing_else(whole, tmp_path):
+    run = rh.train_run(config(), tmp_path, keep_weights=True)
+    assert outcome(run) == outcome(whole[1])
+    weights = tmp_path / "resnet10-seed0.weights.h5"
+    model = rh.create_model("resnet10")
+    model.load_weights(weights)
+    classes = model(rh.normalize(rh.load_data().val_images[: SMALL["val_images"]])).numpy().argmax(-1)
+    np.testing.assert_array_equal(classes, predictions(run))
+    assert weights.stat().st_size < 1.1 * 4 * model.count_params()  # the optimiser's state would double it at least
 
 
 @pytest.mark.parametrize("rate", (1e-2, keras.optimizers.schedules.CosineDecay(1e-2, 10)))
@@ -176,101 +190,113 @@ def drop_last(path):
         rewrite(path, **{str(len(file.files) - 2): None})
 
 
+def change_environment(path, **changes):
+    with np.load(path) as file:
+        run = json.loads(str(file["run"]))
+    run["environment"] |= changes
+    rewrite(path, run=json.dumps(run))
+
+
 def test_after_a_damaged_checkpoint_the_run_starts_afresh(whole, checkpoint, tmp_path, capsys):
     copy = tmp_path / checkpoint.name
     copy.write_bytes(checkpoint.read_bytes())
     flip_bit(copy, 3_000_000)
     damaged = copy.read_bytes()
-    train_and_compare(tmp_path, whole, "resnet10-seed0.damaged")
-    assert (tmp_path / "resnet10-seed0.damaged").read_bytes() == damaged
-    printed = capsys.readouterr().out
-    assert "checkpoint cannot be used" in printed and "resnet10-seed0.damaged" in printed
+    aside = "resnet10-seed0.checkpoint.damaged"
+    train_and_compare(tmp_path, whole, aside)
+    assert (tmp_path / aside).read_bytes() == damaged
+    assert "The checkpoint is damaged" in (printed := capsys.readouterr().out) and aside in printed
 
 
 @pytest.fixture(scope="module")
-def recorder(small_world):
-    """Of a net that is about to train."""
-    model = rh.build_from_config(config(), 2)
-    model.optimizer.build(model.trainable_variables)
+def trained(small_world):
+    """A checkpoint object of a network that is about to train."""
     run = {"config": config(), "status": "finished", "history": {key: [] for key in rh.HISTORY},
            "environment": rh.environment(rh.load_data())}
-    recorder = rh._Recorder(run, rh.pathlib.Path("none"), None, None)
-    recorder.set_model(model)
-    return recorder
+    return rh.Checkpoint(run, None, rh.build_from_config(config(), 2), None)
 
 
-def other_images(path):
-    with np.load(path) as file:
-        run = json.loads(str(file["run"]))
-    run["environment"]["images_crc32"] += 1
-    rewrite(path, run=json.dumps(run))
-
-
-@pytest.mark.parametrize("damage, reason", ((truncate, "not a zip file"), (make_foreign, "another configuration"),
-                                            (other_images, "another images_crc32"), (drop_last, "another net"),
-                                            (lambda path: rewrite(path, **{"0": np.ones(3)}), "another net")))
-def test_a_checkpoint_that_cannot_be_used_changes_nothing(recorder, checkpoint, tmp_path, capsys, damage, reason):
-    """All of it or nothing: the net that starts afresh must not keep half of another one's weights."""
-    recorder.checkpoint = tmp_path / checkpoint.name
-    recorder.checkpoint.write_bytes(checkpoint.read_bytes())
-    damage(recorder.checkpoint)
-    before = recorder.model.get_weights()
-    assert recorder.restore() == 0
-    assert all(np.array_equal(a, b) for a, b in zip(before, recorder.model.get_weights()))
-    assert not recorder.history["loss"] and reason in capsys.readouterr().out
+@pytest.mark.parametrize("damage, reason", (
+    (truncate, "not a zip file"), (drop_last, "is not a file in the archive"),
+    (lambda path: path.write_bytes(b""), "No data left"), (lambda path: path.write_text("0" * 999), "")))
+def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_changes_nothing(
+        trained, checkpoint, tmp_path, capsys, damage, reason):
+    trained.path = tmp_path / checkpoint.name
+    trained.path.write_bytes(checkpoint.read_bytes())
+    damage(trained.path)
+    before = [np.array(variable) for variable in trained.state]
+    assert trained.restore() == 0
+    assert all(np.array_equal(a, b) for a, b in zip(before, trained.state))
+    assert not trained.run["history"]["loss"] and reason in capsys.readouterr().out
     assert [path.suffix for path in tmp_path.iterdir()] == [".damaged"]
+
+
+@pytest.mark.parametrize("change, reason", (
+    (make_foreign, "seed: 5, wanted 0"),
+    (lambda path: change_environment(path, device="NVIDIA H100"), "device: 'NVIDIA H100', wanted 'CPU"),
+    (lambda path: change_environment(path, images_crc32=1), "images_crc32: 1, wanted"),
+    (lambda path: change_environment(path, labels_crc32=1), "labels_crc32: 1, wanted")))
+def test_a_checkpoint_of_another_run_is_refused_and_kept(checkpoint, tmp_path, change, reason):
+    path = tmp_path / checkpoint.name
+    path.write_bytes(checkpoint.read_bytes())
+    change(path)
+    kept = path.read_bytes()
+    with pytest.raises(ValueError, match=f"checkpoint.npz belongs to another run .*{reason}"):
+        rh.train_run(config(), tmp_path)
+    assert path.read_bytes() == kept
+
+
+def test_another_number_of_threads_goes_on_and_is_told(whole, checkpoint, tmp_path):
+    path = tmp_path / checkpoint.name
+    path.write_bytes(checkpoint.read_bytes())
+    change_environment(path, threads=77)
+    run = rh.train_run(config(), tmp_path)
+    assert [was["threads"] for was in run["earlier_environments"]] == [77] and run["environment"]["threads"] != 77
+    assert outcome(run) == outcome(whole[1])
 
 
 def fail(reason):
     raise ValueError(f"no {reason} allowed")
 
 
-def test_divergence_is_recorded(whole, tmp_path, monkeypatch, capsys):
-    def stop(run):
-        raise KeyboardInterrupt
-
+def test_divergence_is_recorded(whole, tmp_path, monkeypatch):
     residual = rh.run_path(config(), tmp_path)
     residual.write_bytes(rh.run_path(config(), whole[0]).read_bytes())
-    plain = config(model="plain10", epochs=2)
+    plain = config(model="plain10")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rh, "normalize", lambda images: np.full(images.shape, np.nan, "float32"))
-        rh.train_run(plain, tmp_path, on_epoch=stop)
-    again = rh.train_run(plain, tmp_path)  # does not go on: it has diverged
-    assert "DIVERGED in epoch 1" in capsys.readouterr().out
+        stop_after(1, patch)
+        rh.train_run(plain, tmp_path)
     path = rh.run_path(plain, tmp_path)
-    for run in (again, rh.read_run(path), rh.train_run(plain, tmp_path)):
+    for _ in range(2):  # it does not go on, since it has diverged; then it is loaded
+        run = rh.train_run(plain, tmp_path)
         assert run["status"] == "diverged" and len(run["history"]["loss"]) == 1
     assert json.loads(path.read_text(), parse_constant=fail)["history"]["loss"] == [None]
-    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, residual.name]
-    table = rh.percent_table(rh.ablation_table(rh.read_runs(tmp_path)))
+    assert sorted(tmp_path.glob("[!.]*")) == [path, residual]
+    table = rh.format_percent(rh.ablation_table(rh.read_runs(tmp_path)))
     assert table.plain.item() == table.difference.item() == "diverged"
     assert table.residual.item() == f"{100 * whole[1]['history']['val_accuracy'][-1]:.1f}"
 
 
-def test_a_learning_rate_that_is_too_high_diverges(tmp_path, capsys):
+def test_a_learning_rate_that_is_too_high_diverges(tmp_path):
     assert rh.train_run(config(learning_rate=1e30), tmp_path)["status"] == "diverged"
-    assert "DIVERGED in epoch" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_loaded(whole, tmp_path, monkeypatch, capsys):
-    folder, run = whole
+def test_a_finished_run_is_loaded_and_nothing_is_deleted(whole, tmp_path, monkeypatch):
     path = rh.run_path(config(), tmp_path)
-    path.write_bytes(rh.run_path(config(), folder).read_bytes())
-    path.with_suffix(".ckpt").write_text("left by a kill in the run's last moment")
-    with monkeypatch.context() as patch:
-        patch.setattr(rh, "load_data", lambda *_: fail("training"))
-        assert outcome(rh.train_run(config(), tmp_path)) == outcome(run)
-        assert "not trained again" in capsys.readouterr().out
-        assert list(tmp_path.iterdir()) == [path]
-        with pytest.raises(ValueError, match=r"resnet10-seed0\.json holds another run \(epochs: 2, wanted 3\)"):
-            rh.train_run(config(epochs=3), tmp_path)
-    epochs = []
-    again = rh.train_run(config(epochs=1), tmp_path, retrain=True, on_epoch=epochs.append)
-    assert len(epochs) == len(again["history"]["loss"]) == 1
-    assert rh.read_run(path)["config"]["epochs"] == 1
+    path.write_bytes(rh.run_path(config(), whole[0]).read_bytes())
+    (tmp_path / "resnet10-seed0.checkpoint.npz").write_text("of a training that somebody wants to go on with")
+    (tmp_path / ".1234abcd.resnet10-seed0.json").write_text("of another process, which is just writing")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(rh, "load_data", lambda *_: fail("training"))
+    assert outcome(rh.train_run(config(), tmp_path)) == outcome(whole[1])
+    assert sorted(tmp_path.iterdir()) == before
+    path.rename(rh.run_path(config(epochs=3), tmp_path))
+    with pytest.raises(ValueError, match=r"resnet10-epochs_3-seed0\.json belongs to another run \(epochs: 2, wanted 3\)"):
+        rh.train_run(config(epochs=3), tmp_path)
 
 
-@pytest.mark.parametrize("damage", (truncate, lambda path: flip_bit(path, 300), lambda path: path.write_bytes(b"")))
+@pytest.mark.parametrize("damage", (truncate, lambda path: path.write_bytes(b""), lambda path: path.write_text("[]")))
 def test_a_damaged_results_file_is_named_and_kept(whole, tmp_path, damage):
     path = rh.run_path(config(), tmp_path)
     path.write_bytes(rh.run_path(config(), whole[0]).read_bytes())
@@ -282,30 +308,82 @@ def test_a_damaged_results_file_is_named_and_kept(whole, tmp_path, damage):
     assert path.read_bytes() == damaged
 
 
-def test_an_unwritable_folder_fails_before_training(tmp_path, monkeypatch):
+def test_an_unwritable_folder_fails_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(rh, "load_data", lambda *_: fail("training"))
-    with pytest.raises(OSError, match=r"Cannot write .*file.*nothing saved before is lost"):
-        rh.train_run(config(), tmp_path / "file" / "results")
+    with pytest.raises(OSError, match="Cannot write .*file.*Nothing saved before is lost.*RESNET_RESULTS"):
+        rh.train_runs([config(model="resnet20")], folder=tmp_path / "file" / "results")
 
 
 def test_a_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
-    saved = []
-    path = rh.run_path(config(), tmp_path)
-
     def full(file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if list(tmp_path.glob("[!.]*.npz")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fill(run):
-        saved.append(path.with_suffix(".ckpt").read_bytes())
-        monkeypatch.setattr(os, "fsync", full)
-
-    with pytest.raises(OSError, match=r"Cannot write .*\.ckpt \(No space left on device\); nothing saved"):
-        rh.train_run(config(), tmp_path, on_epoch=fill)
-    monkeypatch.undo()
-    assert [file.name for file in tmp_path.iterdir()] == ["resnet10-seed0.ckpt"]
-    assert [path.with_suffix(".ckpt").read_bytes()] == saved
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"Cannot write .*\.npz \(No space left on device\). Nothing saved"):
+            rh.train_run(config(), tmp_path)
+    assert not list(tmp_path.glob(".*.npz")), "a partial file is left"
+    with np.load(tmp_path / "resnet10-seed0.checkpoint.npz") as file:
+        assert len(json.loads(str(file["run"]))["history"]["loss"]) == 1
     train_and_compare(tmp_path, whole)
+
+
+# ---------------------------------------------------------------------------------- a run is a process
+
+TINY = {"profile": "quick", "epochs": 2, "train_images": 48, "val_images": 16, "batch_size": 32}
+
+
+def tiny(model="resnet20", **changes):
+    return rh.make_config(model, **{**TINY, **changes})
+
+
+def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeypatch, capsys):
+    configs = [tiny(), tiny("plain20")]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        table = rh.train_runs(configs, pool, folder=tmp_path / "processes")
+    printed = capsys.readouterr().out
+    for number, name in ((1, "ResNet-20"), (2, "plain-20")):
+        for epoch in (1, 2):
+            assert f"[{number}/2] {name}, seed 0, epoch {epoch}/2: loss" in printed
+    assert len(table) == 4 and not list((tmp_path / "processes").glob(".*"))
+    for one in configs:
+        assert outcome(rh.train_run(one, tmp_path / "here")) == outcome(rh.train_run(one, tmp_path / "processes"))
+    again = rh.train_runs(configs, folder=tmp_path / "processes")
+    assert capsys.readouterr().out.count("loaded, not trained again") == 2
+    assert again.equals(table)
+
+
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match="resnet20-.*-seed0 ended with status 1. ValueError: Needed: train_images"):
+        rh.train_runs([tiny(train_images=5000)], folder=tmp_path)
+
+
+def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypatch):
+    """Kill -9 the process that called train_runs: no orphan trains on, and the lock is free again."""
+    config = tiny(epochs=500)
+    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh; " \
+            f"rh.train_runs([{config}], folder={str(tmp_path)!r})"
+    path, acquire = rh.run_path(config, tmp_path), filelock.FileLock.acquire
+    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as parent:
+        assert "epoch 1/500" in next((line for line in parent.stdout if "epoch" in line), "")
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is being trained by another process"):
+            patch.setattr(filelock.FileLock, "acquire", lambda lock: acquire(lock, timeout=0.2))
+            rh.train_run(config, tmp_path)
+        parent.kill()
+    with filelock.FileLock(path.with_suffix(".lock"), timeout=10):  # its process is gone
+        epochs = len(rh._table_so_far(path))
+        time.sleep(2)
+        assert 0 < epochs == len(rh._table_so_far(path)) < 500
+
+
+def test_importing_the_helper_starts_no_device():
+    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers; import tensorflow as tf; " \
+            "tf.config.threading.set_intra_op_parallelism_threads(1); " \
+            "tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], " \
+            "[tf.config.LogicalDeviceConfiguration()] * 2); print(len(tf.config.list_logical_devices('CPU')))"
+    ended = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert ended.stdout.strip() == "2", ended.stderr
 
 
 # ---------------------------------------------------------------------------------------- input pipeline
@@ -368,10 +446,10 @@ def test_fit_sees_each_epochs_own_order(first):
             seen.append([np.array(part) for part in batch])
             return {"loss": 0.0}
 
-    eye, recorder = Eye(), rh._Recorder({"history": {}}, rh.pathlib.Path("none"), train, None)
-    recorder.on_epoch_end = lambda *_: None
+    eye, checkpoint = Eye(), rh.Checkpoint({"history": {}}, None, rh.build_from_config(config(), 2), train)
+    checkpoint.on_epoch_end = lambda *_: None
     eye.compile(run_eagerly=True)
-    eye.fit(train, initial_epoch=first, epochs=4, shuffle=False, verbose=0, callbacks=[recorder])
+    eye.fit(train, initial_epoch=first, epochs=4, shuffle=False, verbose=0, callbacks=[checkpoint])
     assert len(seen) == (4 - first) * len(train)
     expected = numbered(50, training=True)
     for epoch in range(first, 4):
@@ -397,33 +475,6 @@ def test_other_backends_agree_and_train_without_tensorflow(tmp_path, backend):
                            without=["tensorflow", "tensorflow_datasets"]))
     received = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
     assert received == pytest.approx(losses(rh, weights), rel=1e-4)
-    [path] = (tmp_path / "results").iterdir()
+    [path] = (tmp_path / "results").glob("*.json")
     run = rh.read_run(path)
     assert run["environment"]["backend"] == backend and run["status"] == "finished" and run["val_predictions"]
-
-
-def test_two_devices_equal_one_and_go_on_after_kill_9(whole, tmp_path):
-    pytest.importorskip("tensorflow")
-    with start(tmp_path, devices=2) as process:
-        wait_for(process, "epoch 2/2")
-        process.kill()
-    assert "going on after epoch" in finish(start(tmp_path, devices=2))
-    [path] = tmp_path.iterdir()
-    history = rh.read_run(path)["history"]
-    for key in ("loss", "accuracy", "val_loss", "val_accuracy"):
-        assert history[key] == pytest.approx(whole[1]["history"][key], rel=1e-3)
-
-
-@pytest.mark.parametrize("gpus, used, changes", (
-    (1, None, {}), (2, 2, {}), (4, 4, {"val_images": 4}), (3, 2, {}),  # 3 do not divide a batch of 64
-    (4, 2, {"val_images": 3}), (8, 4, {"train_images": 64 + 27}), (2, None, {"train_images": 65}),
-))
-def test_no_gpu_is_left_without_images(monkeypatch, gpus, used, changes):
-    """A part without images would end the run: the smaller last batches too must reach all GPUs in use."""
-    tf = pytest.importorskip("tensorflow")
-    device = types.SimpleNamespace(name="GPU")
-    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [device] * gpus)
-    monkeypatch.setattr(tf.distribute, "MirroredStrategy",
-                        lambda names: types.SimpleNamespace(scope=lambda: contextlib.nullcontext(len(names))))
-    with rh._training_scope(config(**{"batch_size": 64, "train_images": 96, "val_images": 48, **changes})) as count:
-        assert count == used

@@ -3,7 +3,6 @@
 As a program it trains one run: python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -18,21 +17,27 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = {"model": "resnet10", "profile": "test", "epochs": 2, "batch_size": 32, "train_images": 80, "val_images": 40}
 
 
-def write_images(path):
-    """Write a file as load_data does: noise, in which the second class is a little brighter."""
+def write_images(folder):
+    """Write a file as load_data does, and return the variables that let nothing else be found.
+
+    The images are noise, in which the second class is a little brighter.
+    """
     rng = np.random.default_rng(0)
     arrays = {"class_names": np.array(["cat", "dog"])}
     for split, count in (("train", 96), ("val", 48)):
         labels = rng.integers(0, 2, count)
         noise = rng.integers(0, 160, (count, 32, 32, 3)) + 60 * labels[:, None, None, None]
         arrays |= {f"{split}_images": noise.astype("uint8"), f"{split}_labels": labels}
-    np.savez(path, **arrays)
-    return path
+    np.savez(folder / "cats_vs_dogs-32px-made_up.npz", **arrays)
+    return {"RESNET_DATA": str(folder), "TFDS_DATA_DIR": str(folder / "nothing_prepared")}
 
 
 def add_small_nets(rh, setitem=dict.__setitem__):
-    """Make plain10 and resnet10 known, with one unit a stage: they start twice as fast as the smallest real nets."""
-    setitem(rh.DEPTHS, 10, ([1, 1, 1, 1], False))
+    """Make plain10 and resnet10 known, with one unit a stage: they start twice as fast as the smallest real nets.
+
+    The processes that train_runs starts do not know them.
+    """
+    setitem(rh.DEPTHS, 10, rh.DEPTHS[18] | {"units_per_block": [1, 1, 1, 1]})
     for name in ("plain10", "resnet10"):
         setitem(rh.MODELS, name, 10)
 
@@ -40,7 +45,7 @@ def add_small_nets(rh, setitem=dict.__setitem__):
 def outcome(run):
     """What must be the same, to the last digit, however often a run was cut off: all but times and places."""
     history = {key: values for key, values in run["history"].items() if key != "seconds"}
-    rest = {key: value for key, value in run.items() if key not in ("history", "environment", "crc32")}
+    rest = {key: value for key, value in run.items() if key not in ("history", "environment", "earlier_environments")}
     return {**rest, **history}
 
 
@@ -73,21 +78,13 @@ def finish(process):
 
 
 def main(folder, changes, options):
-    """Options: modules to do `without`, a number of `devices`, and a file of `weights` to take the loss with."""
+    """Options: modules to do `without`, and a file of `weights` to take the loss with."""
     for name in options.get("without", ()):
         sys.modules[name] = None  # an import of it now fails
-    if devices := options.get("devices"):
-        os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
-        import tensorflow as tf
-
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
     sys.path.insert(0, str(ROOT))
     import resnet_helpers as rh
 
     add_small_nets(rh)
-    if devices:
-        rh._training_scope = functools.partial(rh._training_scope, kind="CPU")
     config = rh.make_config(**{**SMALL, **changes})
     if "weights" in options:
         print(json.dumps(losses(rh, options["weights"])), flush=True)
