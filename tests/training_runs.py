@@ -1,4 +1,4 @@
-"""Small runs on made-up images, in this process or in another one; test_training.py and survival.py share them.
+"""Small runs on made-up images, in this process or in another one, for test_training.py.
 
 As a program it trains one run: python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
 """
@@ -13,12 +13,12 @@ import threading
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The last batch of each split is a smaller one.
-SMALL = {"model": "resnet10", "profile": "test", "epochs": 2, "batch_size": 32, "train_images": 80, "val_images": 40}
+# The usual configuration of the profile "test", so that the file is resnet10-seed0.json; the last batch is a smaller one.
+SMALL = {"model": "resnet10", "profile": "test", "epochs": 2, "train_images": 96, "val_images": 48}
 
 
 def write_images(folder):
-    """Write a file as load_data does, and return the variables that let nothing else be found.
+    """Write a file as load_data does into a new folder; return the variables that let nothing else be found.
 
     The images are noise, in which the second class is a little brighter.
     """
@@ -28,6 +28,7 @@ def write_images(folder):
         labels = rng.integers(0, 2, count)
         noise = rng.integers(0, 160, (count, 32, 32, 3)) + 60 * labels[:, None, None, None]
         arrays |= {f"{split}_images": noise.astype("uint8"), f"{split}_labels": labels}
+    folder.mkdir()
     np.savez(folder / "cats_vs_dogs-32px-made_up.npz", **arrays)
     return {"RESNET_DATA": str(folder), "TFDS_DATA_DIR": str(folder / "nothing_prepared")}
 
