@@ -32,7 +32,7 @@ def test_committed_notebook_is_one_clean_run(path):
     assert path.stat().st_size < 1_000_000 and "widgets" not in notebook["metadata"]
     for cell in code:
         source = "".join(cell["source"])
-        assert len(source.splitlines()) <= 18 and max(map(len, source.splitlines())) <= 110, source
+        assert len(source.splitlines()) <= 20 and max(map(len, source.splitlines())) <= 110, source
         for output, text in outputs(cell):
             assert output["output_type"] != "error" and output.get("name") != "stderr", text
             assert "\x1b" not in text and not MACHINE_PATH.search(text), text
