@@ -3,9 +3,11 @@
 import json
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import resnet_helpers as rh
@@ -32,11 +34,19 @@ def test_committed_notebook_is_one_clean_run(path):
     assert path.stat().st_size < 1_000_000 and "widgets" not in notebook["metadata"]
     for cell in code:
         source = "".join(cell["source"])
-        assert len(source.splitlines()) <= 20 and max(map(len, source.splitlines())) <= 110, source
+        assert len(source.splitlines()) <= 12 and max(map(len, source.splitlines())) <= 100, source
         for output, text in outputs(cell):
             assert output["output_type"] != "error" and output.get("name") != "stderr", text
             assert "\x1b" not in text and not MACHINE_PATH.search(text), text
             assert not any("widget" in kind or "svg" in kind for kind in output.get("data", {}))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_goes_in_small_steps(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code"]
+    assert statistics.median(len("".join(cells[i]["source"]).splitlines()) for i in code) <= 5
+    assert sum(cells[i - 1]["cell_type"] != "markdown" for i in code) <= len(code) / 4  # without a word before them
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda path: path.stem)
@@ -60,10 +70,10 @@ def test_notebooks_run_end_to_end(tiny_cats, tmp_path, monkeypatch):
     """The series on tiny data; notebook 3 as two machines would run it, at the same time into one results folder."""
     monkeypatch.setenv("RESNET_PROFILE", "test")
     monkeypatch.setenv("RESNET_RESULTS", str(tmp_path / "results"))
-    data, models, training, ablation, _ = NOTEBOOKS  # the appendix takes minutes; its committed page is checked above
+    data, models, training, ablation, appendix = NOTEBOOKS
     stages = [[(data, "", "1")], [(models, "", "2")],
               [(training, "{networks: [plain34, resnet34], seeds: [0]}", "3a"),
-               (training, "{networks: [plain50, resnet50], seeds: [0]}", "3b")], [(ablation, "", "4")]]
+               (training, "{networks: [plain50, resnet50], seeds: [0]}", "3b")], [(ablation, "", "4")], [(appendix, "", "5")]]
     for stage in stages:
         started = [papermill(path, tmp_path / f"{name}.ipynb", parameters) for path, parameters, name in stage]
         for process in started:
@@ -91,6 +101,48 @@ def both_tables(runs):
     beside = rh.format_percent(training)[["plain", "residual"]].add_prefix("training: ")
     return (table.join(training.drop(columns="seeds").add_prefix("training: ")),
             rh.format_percent(table).join(beside).to_markdown())
+
+
+def test_notebook_4_tells_the_committed_runs():
+    """Every number in its conclusions, computed from the result files."""
+    cells = json.loads((ROOT / "notebooks" / "04_ablation.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    every, runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs"), committed_runs()
+    table, training = 100 * rh.ablation_table(runs), 100 * rh.ablation_table(runs, "accuracy")
+    say = [f"committed runs there are {runs.seed.nunique()} seeds"]
+    for depth, row in table.iterrows():
+        low, high = row.difference - row["95% half width"], row.difference + row["95% half width"]
+        verdict = "includes 0" if low < 0 < high else "leaves out 0"
+        say += [f"- **{depth}:** {row.residual:.1f}% with shortcuts against {row.plain:.1f}% without, "
+                if depth == "18 layers" else f"- **{depth}:** {row.residual:.1f}% against {row.plain:.1f}%, ",
+                f"{row.difference:+.1f} points, and {training.difference[depth]:+.1f} in training",
+                f"nterval from {low:+.1f} to {high:+.1f} {verdict}"]
+    (plain, plain_training), (residual, residual_training) = (
+        [part[kind].iloc[-1] - part[kind].iloc[0] for part in (table, training)] for kind in ("plain", "residual"))
+    say += [f"plain networks change by {plain:+.1f} points in validation and {plain_training:+.1f} in training, "
+            f"residual networks by {residual:+.1f} and {residual_training:+.1f}"]
+    end = runs[runs.epoch == runs.epochs]
+    say += [f"training loss ends at {end.loss[end.model == 'plain50'].mean():.3f}, and guessing has {np.log(2):.3f}"]
+    size = {name: rh.stage_table(rh.create_model(name)).parameters["total"] for name in set(runs.model)}
+    say += [", ".join(f"{size[f'resnet{d}'] / size[f'plain{d}'] - 1:.1%} at {d} layers" for d in (18, 34, 50))]
+
+    last = every[(every.epoch == every.epochs) & (every.seed == 0)].copy()
+    padded = last[last.variant == "-shortcut_zero_pad"].set_index("model").val_accuracy * 100
+    rates = last[last.variant.str.fullmatch(r"(-learning_rate_[0-9.e-]+)?")]
+    rates = 100 * rates.pivot(index="learning_rate", columns="model", values="val_accuracy")
+    one = rates.loc[0.001]
+    say += [f"{padded.resnet34:.1f} against {one.resnet34:.1f}% at 34 layers and {padded.resnet50:.1f} against "
+            f"{one.resnet50:.1f}% at 50"]
+    for depth, tried in ((34, (0.0003, 0.001, 0.003)), (18, (0.001, 0.003, 0.01)), (50, (0.001, 0.003))):
+        gaps = (rates[f"resnet{depth}"] - rates[f"plain{depth}"]).dropna()
+        assert (gaps > 0).all() and set(gaps.index) == set(tried), "notebook 4 tells of other rates"
+        is_ = "is " if depth == 34 else ""
+        told = [f"{gaps[rate]:+.1f} at {rate}" for rate in tried]
+        say += [f"at {depth} layers {is_}" + (", ".join(told[:-1]) + " and " + told[-1])]
+    gain = rates.loc[0.003] - one
+    say += [f"gain {gain.plain34:.1f} and {gain.plain50:.1f} points, while ResNet-50 loses {-gain.resnet50:.1f}"]
+    for words in say:
+        assert words in text, words
 
 
 def test_readme_csv_and_histories_agree():
