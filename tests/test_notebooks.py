@@ -162,6 +162,11 @@ def test_readme_tells_the_checks():
     for rate in (0.0003, 0.001, 0.003):
         gap = accuracy["resnet34", "projection", rate] - accuracy["plain34", "none", rate]
         assert f"{gap:+.1f} at {rate}" in readme
+    for rate in (0.001, 0.003):
+        gap = accuracy["resnet50", "projection", rate] - accuracy["plain50", "none", rate]
+        assert f"{gap:+.1f} at {rate}" in readme
+    assert f"({accuracy['plain50', 'none', 0.003]:.1f}%)" in readme
+    assert f"({accuracy['resnet50', 'projection', 0.003]:.1f}%)" in readme
     for depth in (34, 50):  # "no smaller" without parameters
         assert accuracy[f"resnet{depth}", "zero_pad", 0.001] >= accuracy[f"resnet{depth}", "projection", 0.001]
         assert f"{accuracy[f'resnet{depth}', 'zero_pad', 0.001]:.1f}%" in readme
