@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 
+PARENT = os.getppid()  # before the slow imports below: it may be killed during them
 # TensorFlow reads these when it is loaded. Its fast convolutions (oneDNN) are off on many processors, its
 # information lines are on, and on a GPU it would take all memory at once.
 if "tensorflow" in sys.modules and "TF_ENABLE_ONEDNN_OPTS" not in os.environ:
@@ -629,6 +630,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
     processes; the epochs that they have finished are kept. `executor` is any `concurrent.futures.Executor`, such as
     ThreadPoolExecutor(2) for two runs side by side, or a cluster's; by default one run follows the other.
     """
+    _require(len(configs) > 0, "configurations of at least 1 run", "none")
     paths = {run_path(config, folder): config for config in configs}
     lease = next(iter(paths)).with_name(f".{os.urandom(4).hex()}.lease")  # its processes end when this is gone
     tables, jobs, handle = {path: _table_so_far(path) for path in paths}, {}, None
@@ -668,7 +670,8 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
         ended = job.result()
         print(ended.stdout, end="", flush=True)
         if ended.returncode:
-            *_, reason = "Was it killed, or out of memory?", *ended.stderr.splitlines()  # an error comes last
+            lines = ended.stderr.splitlines() if ended.returncode > 0 else []  # below 0: ended by a signal
+            *_, reason = "Was it killed, or out of memory?", *lines
             raise RuntimeError(f"The run {path.stem} ended with status {ended.returncode}. {reason}")
     runs = [_run_table(train_run(config, folder), path) for path, config in paths.items()]
     return pd.concat(runs, ignore_index=True)
@@ -830,5 +833,5 @@ if __name__ == "__main__":  # a configuration and options of train_run, both as 
         os._exit(1)
 
     if "lease" in options:
-        threading.Thread(target=end_with, args=(options.pop("lease"), os.getppid()), daemon=True).start()
+        threading.Thread(target=end_with, args=(options.pop("lease"), PARENT), daemon=True).start()
     train_run(make_config(**config), **options)

@@ -377,6 +377,32 @@ def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypat
         assert 0 < epochs == len(rh._table_so_far(path)) < 500
 
 
+def test_no_orphan_even_if_the_parent_dies_while_the_run_is_being_started(tmp_path):
+    config = tiny(epochs=500)
+    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh; " \
+            f"rh.train_runs([{config}], folder={str(tmp_path)!r})"
+    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        while not list(tmp_path.glob(".*.lease")):
+            time.sleep(0.1)
+        time.sleep(1)
+        parent.kill()
+    time.sleep(15)  # time to import everything and to begin
+    with filelock.FileLock(rh.run_path(config, tmp_path).with_suffix(".lock"), timeout=0.1):
+        assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_run_that_is_killed_is_not_blamed_on_what_it_said_before(tmp_path):
+    class Killed(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, *args, **options):
+            ended = subprocess.CompletedProcess([], -9, "", "E0000 failed call to cuInit")
+            return super().submit(lambda: ended)
+
+    with Killed(1) as pool, pytest.raises(RuntimeError, match="ended with status -9. Was it killed, or out of memory"):
+        rh.train_runs([tiny()], pool, folder=tmp_path)
+    with pytest.raises(ValueError, match="at least 1 run"):
+        rh.train_runs([])
+
+
 def test_importing_the_helper_starts_no_device():
     lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers; import tensorflow as tf; " \
             "tf.config.threading.set_intra_op_parallelism_threads(1); " \
