@@ -10,8 +10,13 @@ WORKERS ?= 1
 INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar off -c requirements.lock
 # Runs one notebook and shows what its cells print; the executed copy and all messages are kept in build/.
 PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-progress-bar --stdout-file /dev/stdout
-# Of that, only how far the training is.
-PROGRESS := 2>>build/messages.txt | grep --line-buffered -E '^(\[[0-9]+/|!!!|Decoding |[a-z]+[0-9]+.*: loaded)' || true
+# What TensorFlow prints when it is loaded goes into build/messages.txt and not into a notebook's output.
+export IPYTHONDIR := $(CURDIR)/build/ipython
+KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
+ASIDE := 2>> build/messages.txt
+FAILED := || { tail -n 25 build/messages.txt; exit 1; }
+# Of all that is printed, only how far the training is.
+PROGRESS := awk '/^(\[[0-9]+\/|!!!|Decoding |[a-z]+[0-9]+.*: loaded)/ { print; fflush() }'
 
 .PHONY: help run full sweeps render test clean
 .DEFAULT_GOAL := help
@@ -25,53 +30,47 @@ help:
 	@echo "make clean   remove the virtual environment and what make run has made"
 
 # The committed notebooks stay as they are.
-run: .venv/installed
-	@mkdir -p build/notebooks; : > build/messages.txt
+run: .venv/installed $(KERNEL)
+	@: > build/messages.txt
 	@set -e; export RESNET_PROFILE=quick; n=0; \
 	for name in $(NOTEBOOKS); do \
 		n=$$((n + 1)); start=$$SECONDS; echo "[$$n/4] notebooks/$$name.ipynb ..."; \
-		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb > build/$$name.txt 2>> build/messages.txt & \
-		tail --pid=$$! -n +1 -F build/$$name.txt 2> /dev/null $(PROGRESS); \
-		wait $$! || { tail -n 25 build/messages.txt; exit 1; }; \
+		$(PAPERMILL) notebooks/$$name.ipynb build/notebooks/$$name.ipynb $(ASIDE) | $(PROGRESS) $(FAILED); \
 		echo "      $$((SECONDS - start)) s"; \
 	done; \
 	$(BIN)/python -c "import resnet_helpers as rh; \
 		folder = rh.RESULTS / 'quick' / rh.prepare_dataset('quick'); \
 		print('\nValidation accuracy in percent, a smoke run on', folder.name, '(no evidence):\n'); \
-		print((folder / 'ablation.md').read_text()); print('Runs and figures:', folder)" 2>> build/messages.txt; \
+		print((folder / 'ablation.md').read_text()); print('Runs and figures:', folder)" $(ASIDE); \
 	echo "Executed notebooks: build/notebooks. Open them: $(BIN)/jupyter lab build/notebooks"; \
 	echo "The full results, three seeds of 15 epochs: README.md and notebooks/04_ablation.ipynb. To train them: make full"
 
 # Seed by seed; what is there is not trained again, what was cut off goes on.
-full: .venv/installed
-	@mkdir -p build/notebooks
+full: .venv/installed $(KERNEL)
 	@set -e; for seed in $(SEEDS); do \
 		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb -p profile full \
-			-y "{seeds: [$$seed], networks: [$(NETWORKS)], workers: $(WORKERS)}" 2>> build/messages.txt; \
+			-y "{seeds: [$$seed], networks: [$(NETWORKS)], workers: $(WORKERS)}" $(ASIDE) $(FAILED); \
 	done
 
-sweeps: .venv/installed
-	@mkdir -p build/notebooks
+sweeps: .venv/installed $(KERNEL)
 	@set -e; train="$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training"; \
 	for rate in 0.0003 0.003; do \
 		$$train-rate$$rate.ipynb -p profile full \
-			-y "{networks: [plain34, resnet34, plain50, resnet50], changes: {learning_rate: $$rate}, workers: $(WORKERS)}"; \
+			-y "{networks: [plain34, resnet34, plain50, resnet50], changes: {learning_rate: $$rate}, workers: $(WORKERS)}" \
+			$(ASIDE) $(FAILED); \
 	done; \
 	$$train-zero_pad.ipynb -p profile full \
-		-y "{networks: [resnet34, resnet50], changes: {shortcut: zero_pad}, workers: $(WORKERS)}"
+		-y "{networks: [resnet34, resnet50], changes: {shortcut: zero_pad}, workers: $(WORKERS)}" $(ASIDE) $(FAILED)
 
-# Without what TensorFlow prints when it is loaded, and without times.
-CLEAN := import json, sys; path = sys.argv[1]; page = json.load(open(path)); \
-	[(cell["metadata"].pop("execution", None), cell.update(outputs=[output for output in cell["outputs"] \
-	if output.get("name") != "stderr"])) for cell in page["cells"] if cell["cell_type"] == "code"]; \
-	open(path, "w").write(json.dumps(page, indent=1, ensure_ascii=False) + "\n")
-
-render: .venv/installed
+render: .venv/installed $(KERNEL)
 	@set -e; for name in $(PAGES); do \
 		echo "notebooks/$$name.ipynb"; \
-		RESNET_PROFILE=full $(BIN)/jupyter execute --inplace notebooks/$$name.ipynb; \
-		$(BIN)/python -c '$(CLEAN)' notebooks/$$name.ipynb; \
+		RESNET_PROFILE=full $(BIN)/jupyter execute --inplace notebooks/$$name.ipynb $(ASIDE) $(FAILED); \
 	done
+
+$(KERNEL):
+	@mkdir -p $(@D) build/notebooks
+	@echo "c.IPKernelApp.capture_fd_output = False" > $@
 
 test: .venv/installed-tests
 	$(BIN)/ruff check .

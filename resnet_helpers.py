@@ -34,7 +34,6 @@ if threads := os.environ.get("RESNET_THREADS"):  # for runs that share a machine
     os.environ |= {"TF_NUM_INTRAOP_THREADS": threads, "OMP_NUM_THREADS": threads}
 
 import filelock
-import IPython.display
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -172,6 +171,8 @@ def load_data(name="cats_vs_dogs", image_size=32):
         with open(path, "rb") as opened, np.load(opened) as file:
             return Data(*(file[key] for key in Data._fields))
     except Exception as error:  # a damaged zip can raise nearly anything
+        if not _prepared(name):
+            raise ValueError(f"{path} is damaged or not a file of load_data ({error!r}).") from error
         if path.exists():
             print(f"{path} is damaged ({error!r}).")
     print(f"Decoding {name} to {image_size}x{image_size} pixels, once on this machine ...", flush=True)
@@ -226,7 +227,8 @@ class Batches(keras.utils.PyDataset):
 
     def __init__(self, images, labels, batch_size=64, training=False, seed=0):
         super().__init__(workers=2)  # Keras then prefetches without tf.data's autotuning, which holds up each epoch
-        _require(len(images) == len(labels), "as many labels as images", f"{len(labels)} and {len(images)}")
+        sizes = f"{len(labels)} and {len(images)}"
+        _require(0 < len(images) == len(labels), "as many labels as images, and some", sizes)
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.training, self.seed = training, seed
         self.set_epoch(0)
@@ -558,16 +560,17 @@ def _train(config, path, keep_weights, verbose):
         count = config[f"{split}_images"]
         _require(0 < count <= len(images), f"{split}_images from 1 to {len(images)} (all there are)", count)
         parts.append(Batches(images[:count], labels[:count], config["batch_size"], split == "train", config["seed"]))
+    train, val = parts
     model = build_from_config(config, len(data.class_names))
     run = {"config": config, "status": "finished", "history": {key: [] for key in HISTORY},
            "environment": environment(data)}
-    checkpoint = Checkpoint(run, path.with_suffix(".checkpoint.npz"), model, parts[0])
+    checkpoint = Checkpoint(run, path.with_suffix(".checkpoint.npz"), model, train)
     epochs = checkpoint.restore()
     if run["status"] == "finished":
-        model.fit(parts[0], validation_data=parts[1], initial_epoch=epochs, epochs=config["epochs"],
+        model.fit(train, validation_data=val, initial_epoch=epochs, epochs=config["epochs"],
                   shuffle=False, verbose=verbose, callbacks=[checkpoint])
     if run["status"] == "finished":
-        classes = model.predict(parts[1], verbose=0).argmax(-1).astype("uint8")
+        classes = model.predict(val, verbose=0).argmax(-1).astype("uint8")
         run["val_predictions"] = base64.b64encode(zlib.compress(classes.tobytes())).decode()
     if keep_weights:  # of a copy: a compiled model would also save its optimiser
         copy = keras.Model(model.input, model.output, name=model.name)
@@ -647,11 +650,11 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
             # Nothing but the standard library, so that any worker can run it.
             jobs[path] = executor.submit(subprocess.run, command, capture_output=True, text=True)
             stack.callback(jobs[path].cancel)
-        running = bool(jobs)
-        while running:
+        unfinished = {number: path for number, path in enumerate(paths, 1) if path in jobs}
+        while unfinished:  # looks at those alone, since reading files takes time from the training
             time.sleep(0.5)
-            running = not all(job.done() for job in jobs.values())
-            for number, path in enumerate(paths, 1):
+            ended = [number for number, path in unfinished.items() if jobs[path].done()]
+            for number, path in unfinished.items():
                 known, table = len(tables[path]), _table_so_far(path)
                 for row in table.iloc[known:].itertuples():
                     left = (row.epochs - row.epoch) * table.seconds.median() / 60
@@ -662,10 +665,14 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
                 if len(table) > known:
                     tables[path] = table
                     if "ipykernel" in sys.modules:
+                        import IPython.display
+
                         figure = plot_histories(pd.concat(tables.values(), ignore_index=True))
                         handle = handle or IPython.display.display(display_id=True)
                         handle.update(figure)
                         plt.close(figure)
+            for number in ended:  # before that last look: no epoch is missed
+                del unfinished[number]
     for path, job in jobs.items():
         ended = job.result()
         print(ended.stdout, end="", flush=True)
@@ -736,7 +743,7 @@ def ablation_table(runs, metric="val_accuracy", epoch="last", rates=None):
     """
     if rates is not None:
         runs = runs[runs.learning_rate == runs.model.map(rates)].assign(learning_rate="own")
-    for key in {*make_config("plain18"), *MACHINE} - {*NETWORK, "seed"}:
+    for key in (key for key in [*make_config("plain18"), *MACHINE] if key not in [*NETWORK, "seed"]):
         files = runs.groupby(key).file.unique()  # leaves out files that are older than a checksum
         if len(files) > 1:
             groups = "; ".join(f"{value!r}: {', '.join(names)}" for value, names in files.items())

@@ -189,7 +189,8 @@ def measure(net, batch, rounds, steps):
         rows.append({"net": rh.display_name(net), "contender": name, "images a second": round(batch / median),
                      "this project is faster by": f"{ratio:.2f}", "share of peak": f"{work / median / peak:.0%}",
                      "peak memory, GB": f"{memory[name]:.1f}"})
-    notes = (f"{rh.display_name(net)}: {EPOCH_BATCHES} batches through `fit` take {slower:.2f} times as long as bare steps, "
+    notes = (f"{rh.display_name(net)}: {EPOCH_BATCHES} batches through `fit` take {slower:.2f} times as long as bare "
+             "steps, "
              f"the first time {first - slower * bare:.0f} s more; making the batches takes {share:.1%} of their time. "
              f"Peak of the processor: {peak:.0f} x 10^9 operations a second.")
     return pd.DataFrame(rows), notes
@@ -210,7 +211,7 @@ def main():
 
     tables, notes = zip(*[measure(net, options.batch, options.rounds, options.steps) for net in options.nets])
     table = pd.concat(tables).set_index("net")
-    notes = [f"{platform.machine()}, {len(os.sched_getaffinity(0))} threads, batch {options.batch}, {options.rounds} rounds of "
+    notes = [f"{platform.machine()}, {os.cpu_count()} threads, batch {options.batch}, {options.rounds} rounds of "
              f"{options.steps} steps, medians.", *notes]
     print(f"\n{table.to_string()}\n")
     print(*notes, sep="\n")

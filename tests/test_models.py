@@ -77,7 +77,7 @@ def kernel_gradients(model, images, labels, names):
 @pytest.mark.parametrize("depth", [50, 101, 152])
 def test_parity_with_keras_applications(depth):
     weights = None
-    for size, count in ((64, 4), *([(224, 2), (32, 4)] if depth == 50 else [])):
+    for size, count in ((64, 4), (224, 2), *([(32, 4)] if depth == 50 else [])):
         ours = rh.create_model(f"resnet{depth}", (size, size, 3), 10, seed=0)
         if weights:
             ours.set_weights(weights)
@@ -248,7 +248,8 @@ def test_networks_of_section_4_2(depth, millions):
     table, units = rh.stage_table(residual), (depth - 2) // 6
     assert list(table.index) == ["conv1", "conv2_x", "conv3_x", "conv4_x", "classifier", "total"]
     assert list(table["output"]) == ["32x32x16", "32x32x16", "16x16x32", "8x8x64", "10", ""]
-    assert list(table["layers"]) == ["3x3, 16", *(f"3x3, {width}; 3x3, {width}" for width in (16, 32, 64)), "fc, 10", ""]
+    stages = [f"3x3, {width}; 3x3, {width}" for width in (16, 32, 64)]
+    assert list(table["layers"]) == ["3x3, 16", *stages, "fc, 10", ""]
     assert list(table["units"]) == [0, units, units, units, 0, 3 * units]
     assert table.loc["total", "weight layers"] == depth
 

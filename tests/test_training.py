@@ -292,7 +292,8 @@ def test_a_finished_run_is_loaded_and_nothing_is_deleted(whole, tmp_path, monkey
     assert outcome(rh.train_run(config(), tmp_path)) == outcome(whole[1])
     assert sorted(tmp_path.iterdir()) == before
     path.rename(rh.run_path(config(epochs=3), tmp_path))
-    with pytest.raises(ValueError, match=r"resnet10-epochs_3-seed0\.json belongs to another run \(epochs: 2, wanted 3\)"):
+    with pytest.raises(ValueError, match=r"resnet10-epochs_3-seed0\.json belongs to another run "
+                                         r"\(epochs: 2, wanted 3\)"):
         rh.train_run(config(epochs=3), tmp_path)
 
 
@@ -359,13 +360,18 @@ def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
         rh.train_runs([tiny(train_images=5000)], folder=tmp_path)
 
 
+def start_runs(folder, *configs):
+    """A process that calls train_runs."""
+    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh; " \
+            f"rh.train_runs({list(configs)}, folder={str(folder)!r})"
+    return subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypatch):
     """Kill -9 the process that called train_runs: no orphan trains on, and the lock is free again."""
     config = tiny(epochs=500)
-    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh; " \
-            f"rh.train_runs([{config}], folder={str(tmp_path)!r})"
     path, acquire = rh.run_path(config, tmp_path), filelock.FileLock.acquire
-    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as parent:
+    with start_runs(tmp_path, config) as parent:
         assert "epoch 1/500" in next((line for line in parent.stdout if "epoch" in line), "")
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is being trained by another process"):
             patch.setattr(filelock.FileLock, "acquire", lambda lock: acquire(lock, timeout=0.2))
@@ -379,9 +385,7 @@ def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypat
 
 def test_no_orphan_even_if_the_parent_dies_while_the_run_is_being_started(tmp_path):
     config = tiny(epochs=500)
-    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh; " \
-            f"rh.train_runs([{config}], folder={str(tmp_path)!r})"
-    with subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+    with start_runs(tmp_path, config) as parent:
         while not list(tmp_path.glob(".*.lease")):
             time.sleep(0.1)
         time.sleep(1)
