@@ -16,7 +16,7 @@ KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 ASIDE := 2>> build/messages.txt
 FAILED := || { tail -n 25 build/messages.txt; exit 1; }
 # Of all that is printed, only how far the training is.
-PROGRESS := awk '/^(\[[0-9]+\/|!!!|Decoding |[a-z]+[0-9]+.*: loaded)/ { print; fflush() }'
+PROGRESS := { grep --line-buffered -E '^(\[[0-9]+/|!!!|Decoding |[a-z]+[0-9]+.*: loaded)' || [ $$? = 1 ]; }
 
 .PHONY: help run full sweeps render test clean
 .DEFAULT_GOAL := help
