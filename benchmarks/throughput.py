@@ -216,7 +216,7 @@ def main():
     print(f"\n{table.to_string()}\n")
     print(*notes, sep="\n")
     table.to_csv(rh.RESULTS / "throughput.csv")
-    (rh.RESULTS / "throughput.md").write_text("\n".join([table.to_markdown(), "", *notes, ""]))
+    (rh.RESULTS / "throughput.md").write_text("\n".join([table.to_markdown(disable_numparse=True), "", *notes, ""]))
 
 
 if __name__ == "__main__":

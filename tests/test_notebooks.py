@@ -87,6 +87,8 @@ def test_notebooks_run_end_to_end(tiny_cats, tmp_path, monkeypatch):
     table = pd.read_csv(tmp_path / "results" / "test" / "cats_vs_dogs" / "ablation.csv", index_col=0)
     pd.testing.assert_frame_equal(table, both_tables(runs)[0], check_dtype=False)
     assert "A SMOKE RUN" in (tmp_path / "4.ipynb").read_text()
+    shown = (tmp_path / "results" / "test" / "cats_vs_dogs" / "ablation.md").read_text()
+    assert shown.strip() == both_tables(runs)[1] and re.search(r"\| [+-]\d+\.\d +\|", shown)  # "+6.0" and not 6
     for path in tmp_path.glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             assert not [text for output, text in outputs(cell) if output.get("name") == "stderr"], path.name
@@ -102,7 +104,7 @@ def both_tables(runs):
     table, training = rh.ablation_table(runs), rh.ablation_table(runs, "accuracy")
     beside = rh.format_percent(training)[["plain", "residual"]].add_prefix("training: ")
     return (table.join(training.drop(columns="seeds").add_prefix("training: ")),
-            rh.format_percent(table).join(beside).to_markdown())
+            rh.format_percent(table).join(beside).to_markdown(disable_numparse=True))
 
 
 def test_notebook_4_tells_the_committed_runs():
