@@ -22,11 +22,9 @@ import threading
 import time
 import zlib
 
-PARENT = os.getppid()  # before the slow imports below: it may be killed during them
+PARENT = os.getppid()  # before the slow imports below, during which it may end
 # TensorFlow reads these when it is loaded. Its fast convolutions (oneDNN) are off on many processors, its
 # information lines are on, and on a GPU it would take all memory at once.
-if "tensorflow" in sys.modules and "TF_ENABLE_ONEDNN_OPTS" not in os.environ:
-    print("Note: import resnet_helpers before tensorflow, or training can be several times slower on a CPU.")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
@@ -41,7 +39,7 @@ import pandas as pd
 import scipy.stats
 import seaborn as sns
 
-# ---------------------------------------------------------------------------------- settings and files
+# ---- settings and files ----
 
 PROFILES = {
     "full": {"train_images": 16_283, "val_images": 6_979, "epochs": 15},
@@ -83,17 +81,16 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise type(error)(f"Cannot write {path} ({error.strerror or error}). Nothing saved before is lost. Make "
-                          "room, or set RESNET_RESULTS to a folder that you may write to.") from error
+        raise type(error)(f"Cannot write {path} ({error.strerror or error}). What was saved before is safe. "
+                          "Make room, or set RESNET_RESULTS or RESNET_DATA to another folder.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()  # it is there only if something went wrong
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ---- data ----
 
 DIGITS = "sklearn_digits"
-ZIP = "kagglecatsanddogs_5340.zip"  # the name that TensorFlow Datasets (TFDS) looks for
 # Arrays: the names (classes,), and for both splits images uint8 (n, size, size, 3) and labels int64 (n,).
 Data = collections.namedtuple("Data", "class_names train_images train_labels val_images val_labels")
 
@@ -110,72 +107,73 @@ def _prepared(name):
 
 
 def _decoded(name, image_size):
-    """Path of the file of decoded images in RESNET_DATA; None if there is neither one nor a source for it."""
+    """Path of the file of decoded images; None if there is neither one nor a source for it."""
     folder, source = _folder("RESNET_DATA", "~/.cache/resnet_helpers"), _prepared(name)
     if source:  # its checksum tells this copy of the data set from others
         return folder / f"{name}-{image_size}px-{hashlib.sha256(source.read_bytes()).hexdigest()[:8]}.npz"
     return next(folder.glob(f"{name}-{image_size}px-*.npz"), None)
 
 
-def prepare_dataset(profile=None, url=None):
-    """Make sure that the data set is on this machine and return its name.
+def prepare_dataset(profile=None):
+    """Make sure that the data set is on this machine, and return its name.
 
-    Uses what is prepared in `data_dir()`, else downloads cats_vs_dogs (787 MB) through TFDS, from `url` if given.
-    Where that cannot be reached, every profile but "full" falls back to scikit-learn's handwritten digits; else a
-    RuntimeError says what to do.
+    Downloads cats_vs_dogs (787 MB) through TFDS unless `data_dir()` has it. Where that fails, profile "full"
+    raises a RuntimeError, and the others fall back to scikit-learn's handwritten digits.
     """
-    profile, name, where = get_profile(profile), "cats_vs_dogs", data_dir()
+    name, where = "cats_vs_dogs", data_dir()
     if _decoded(name, 32):
         return name
     import requests
     import tensorflow_datasets as tfds
     from tensorflow_datasets.image_classification import cats_vs_dogs
 
-    cats_vs_dogs._URL = url or cats_vs_dogs._URL
     try:
-        if not any(where.glob(f"downloads/**/*{ZIP}")):  # a zip that the user put there needs no network
-            requests.head(cats_vs_dogs._URL, timeout=10, allow_redirects=True).raise_for_status()
+        requests.head(cats_vs_dogs._URL, timeout=10, allow_redirects=True).raise_for_status()
         tfds.builder(name, data_dir=where).download_and_prepare()
         return name
     except Exception as error:
-        if profile == "full" or not isinstance(error, requests.exceptions.RequestException):
+        if get_profile(profile) == "full":
             raise RuntimeError(
-                f"Downloading or preparing cats_vs_dogs in {where} broke off ({error!r}). Run again with a network "
-                f"(787 MB), set TFDS_DATA_DIR to a folder that holds it, put {ZIP} into {where}/downloads/manual, "
-                "or choose RESNET_PROFILE=quick, which can use other data.") from error
-    print("!!! NO CATS, NO DOGS: cats_vs_dogs is not on this machine and cannot be downloaded.\n"
-          f"!!! This run uses scikit-learn's handwritten digits instead ({DIGITS}, 10 classes).")
+                f"Downloading or preparing cats_vs_dogs in {where} broke off ({error!r}). Run again with a "
+                "network, set TFDS_DATA_DIR to a folder that has the data set, or RESNET_PROFILE=quick, which "
+                "can use other data.") from error
+        print(f"!!! NO CATS, NO DOGS: cats_vs_dogs cannot be downloaded or prepared ({error!r}).\n"
+              f"!!! This run uses scikit-learn's handwritten digits instead ({DIGITS}, 10 classes).")
     if not _prepared(DIGITS):  # store them once as a TFDS data set: 1,797 images of 8x8 pixels
         from sklearn.datasets import load_digits
 
-        digits, kinds = load_digits(), tfds.features
+        digits = load_digits()
         images = np.repeat((digits.images * 255 / 16).astype("uint8")[..., None], 3, axis=-1)
-        features = {"image": kinds.Image(shape=(8, 8, 3)), "label": kinds.ClassLabel(num_classes=10)}
-        examples = [(i, {"image": images[i], "label": label}) for i, label in enumerate(digits.target)]
+        examples = [(i, {"image": image, "label": digits.target[i]}) for i, image in enumerate(images)]
+        features = tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(num_classes=10)})
         tfds.dataset_builders.store_as_tfds_dataset(
-            DIGITS, "1.0.0", kinds.FeaturesDict(features), {"train": examples}, data_dir=where)
+            DIGITS, "1.0.0", features, {"train": examples}, data_dir=where)
     return DIGITS
 
 
 @functools.lru_cache(maxsize=1)
 def load_data(name="cats_vs_dogs", image_size=32):
-    """Return both splits (70% and 30%) as `Data`, decoded and resized once per machine and kept in one file.
+    """Return both splits (70% and 30%) as `Data`, resized; decoded once per machine and kept in one file.
 
-    That file lies in the folder RESNET_DATA (default ~/.cache/resnet_helpers); with it, neither the prepared data
-    set nor TensorFlow is needed.
+    That file lies in the folder RESNET_DATA (default ~/.cache/resnet_helpers); with it, neither the prepared
+    data set nor TensorFlow is needed.
     """
     path = _decoded(name, image_size)
     if path is None:
         raise FileNotFoundError(f"{name} is not prepared in {data_dir()}; call prepare_dataset() first.")
+    if not path.exists():
+        print(f"Decoding {name} to {image_size}x{image_size} pixels, once on this machine ...", flush=True)
+        arrays = _decode(name, image_size)
+        write_atomically(path, lambda partial: np.savez(partial, **arrays._asdict()))
     try:
         with open(path, "rb") as opened, np.load(opened) as file:
             return Data(*(file[key] for key in Data._fields))
     except Exception as error:  # a damaged zip can raise nearly anything
-        if not _prepared(name):
-            raise ValueError(f"{path} is damaged or not a file of load_data ({error!r}).") from error
-        if path.exists():
-            print(f"{path} is damaged ({error!r}).")
-    print(f"Decoding {name} to {image_size}x{image_size} pixels, once on this machine ...", flush=True)
+        raise ValueError(f"{path} is damaged or not a file of load_data ({error!r}). Remove it.") from error
+
+
+def _decode(name, image_size):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
@@ -185,21 +183,13 @@ def load_data(name="cats_vs_dogs", image_size=32):
 
     options, arrays = tf.data.Options(), []
     options.autotune.enabled = False  # its thread holds up the end of a pass by up to a minute
-    try:
-        splits, info = tfds.load(
-            name, split=["train[:70%]", "train[70%:]"], data_dir=data_dir(), with_info=True, download=False,
-            read_config=tfds.ReadConfig(options=options, try_autocache=False))
-        for split in splits:  # in a fixed order
-            batches = split.map(resize, num_parallel_calls=os.cpu_count()).batch(512).as_numpy_iterator()
-            arrays += map(np.concatenate, zip(*batches))
-    except tf.errors.OpError as error:
-        raise ValueError(f"A damaged record in {data_dir() / name}: {error.message}. Prepare it again.") from error
-    data = Data(np.array(info.features["label"].names), *arrays)
-    try:
-        write_atomically(path, lambda partial: np.savez(partial, **data._asdict()))
-    except OSError as error:  # the images are in memory: go on
-        print(f"The decoded images are not kept. {error}")
-    return data
+    splits, info = tfds.load(
+        name, split=["train[:70%]", "train[70%:]"], data_dir=data_dir(), with_info=True, download=False,
+        read_config=tfds.ReadConfig(options=options, try_autocache=False))
+    for split in splits:  # in a fixed order
+        batches = split.map(resize, num_parallel_calls=os.cpu_count()).batch(512).as_numpy_iterator()
+        arrays += map(np.concatenate, zip(*batches))
+    return Data(np.array(info.features["label"].names), *arrays)
 
 
 def normalize(images):
@@ -208,7 +198,7 @@ def normalize(images):
 
 
 def augment(images, rng):
-    """Flip each image with probability 1/2 and shift it by up to 4 pixels (paper, section 4.2); shape stays."""
+    """Flip images with probability 1/2, shift them by up to 4 pixels (paper, section 4.2); shape stays."""
     size, count = images.shape[1], len(images)
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     out = np.empty_like(images)
@@ -219,25 +209,19 @@ def augment(images, rng):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of float32 images in 0 to 1, (batch, size, size, 3), and int labels, (batch,).
+    """Batches of float32 images in 0 to 1, (batch, size, size, 3), and int labels, (batch,); each image once.
 
-    Each pass yields every image exactly once. With `training=True` the order and the augmentation depend on (seed,
-    epoch) and nothing else, so that a run can stop and go on exactly.
+    Validation passes come as they are. For training, `seed_and_epoch` alone decides the order and the
+    augmentation, so that a run can stop and go on exactly.
     """
 
-    def __init__(self, images, labels, batch_size=64, training=False, seed=0):
-        super().__init__(workers=2)  # Keras then prefetches without tf.data's autotuning, which holds up each epoch
-        sizes = f"{len(labels)} and {len(images)}"
-        _require(0 < len(images) == len(labels), "as many labels as images, and some", sizes)
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.training, self.seed = training, seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch):
-        """Choose the order and the augmentation of an epoch, counted from 0."""
-        self.epoch, self.order = epoch, np.arange(len(self.images))
-        if self.training:
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+    def __init__(self, images, labels, batch_size=64, seed_and_epoch=None):
+        super().__init__(workers=2)  # without workers, tf.data's autotuning holds up each epoch
+        _require(0 < len(images) == len(labels), "labels for all images", f"{len(labels)} for {len(images)}")
+        self.images, self.labels, self.batch_size, self.key = images, labels, batch_size, seed_and_epoch
+        self.order = np.arange(len(images))
+        if self.key:
+            self.order = np.random.default_rng(self.key).permutation(len(images))
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
@@ -245,15 +229,14 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         images = self.images[rows]
-        if self.training:
-            images = augment(images, np.random.default_rng([self.seed, self.epoch, index]))
+        if self.key:
+            images = augment(images, np.random.default_rng([*self.key, index]))
         return normalize(images), self.labels[rows]
 
 
-# ---------------------------------------------------------------------------------------------- models
+# ---- models ----
 
 SHORTCUTS = ("zero_pad", "projection", "projection_all")  # options A, B and C of the paper's section 4.1
-SMALLEST = {"imagenet": 32, "cifar": 8}  # the stems, and the smallest image that each leaves something of
 UNITS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 DEPTHS = {depth: {"units_per_block": units, "channels": [64, 128, 256, 512], "bottleneck": depth >= 50,
                   "stem": "imagenet", "shortcut": "projection"} for depth, units in UNITS.items()}  # Table 1
@@ -266,8 +249,8 @@ MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "res
 class Conv2D(keras.layers.Conv2D):
     """A convolution without bias that pads alike on all sides (Keras's "same" does so only at stride 1).
 
-    Where the output is one pixel, it leaves out the kernel weights that can only see padding: one small matrix
-    product, the same numbers and gradients in a third of the time.
+    Where the output is one pixel, it leaves out the weights that can only see padding: a small product of
+    matrices, with the same numbers and gradients in a third of the time.
     """
 
     def call(self, inputs):
@@ -282,7 +265,8 @@ class Conv2D(keras.layers.Conv2D):
             return super().call(inputs)
         if pad:
             inputs = keras.ops.pad(inputs, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        return self.activation(keras.ops.conv(inputs, kernel, stride, "valid", data_format="channels_last"))
+        outputs = keras.ops.conv(inputs, kernel, stride, "valid", data_format="channels_last")
+        return self.activation(outputs)
 
 
 def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones"):
@@ -306,14 +290,14 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
     branch = x  # becomes F(x), the residual branch
     for i, (kernel_size, channels) in enumerate(zip(kernel_sizes, channel_sizes)):
         gamma = "zeros" if zero_gamma and i == last else "ones"
-        branch = conv_bn(branch, channels, kernel_size, stride if i == strided else 1, f"{name}_{i + 1}", seed, gamma)
+        own_stride = stride if i == strided else 1
+        branch = conv_bn(branch, channels, kernel_size, own_stride, f"{name}_{i + 1}", seed, gamma)
         if i < last:
             branch = keras.layers.Activation("relu", name=f"{name}_{i + 1}_relu")(branch)
     if not is_plain:
         if shortcut == "projection_all" or (shortcut == "projection" and branch.shape != x.shape):
             x = conv_bn(x, filters, 1, stride, f"{name}_0", seed)  # W_s x
         elif branch.shape != x.shape:
-            _require(filters >= x.shape[-1], "a projection where channels become fewer", shortcut)
             x = keras.ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])))
         branch = keras.layers.Add(name=f"{name}_add")([x, branch])  # F(x) + x
     return keras.layers.Activation("relu", name=f"{name}_out")(branch)
@@ -325,32 +309,33 @@ def build_resnet_block(input_layer, block_num, num_units, kernel_sizes, channel_
 
     Args:
         input_layer: Keras tensor of shape (batch, height, width, channels).
-        block_num, num_units: Number of the stage, which names its layers, and how many units it has.
+        block_num, num_units: The stage's number, which names its layers, and how many units it has.
         kernel_sizes, channel_sizes: One entry per convolution of a unit, such as (3, 3) and (64, 64), or
             (1, 3, 1) and (64, 64, 256) for a bottleneck.
         is_plain: Leave out the shortcuts and change nothing else.
-        stride: Of the first unit; by default 1 in conv2_x (the pool before it has halved the image), 2 after it.
-        shortcut: Where the shape changes, "zero_pad" (the paper's option A, no parameters) or "projection" (B);
-            "projection_all" projects in every unit (C).
-        stride_in: The strided convolution of a bottleneck, which the paper leaves open: the first "1x1" (the
+        stride: Of the first unit; by default 1 in conv2_x and 2 after it.
+        shortcut: Where the shape changes, "zero_pad" (option A of section 4.1, without parameters) or
+            "projection" (B); "projection_all" projects in every unit (C).
+        stride_in: A bottleneck's strided convolution, which the paper leaves open: the first "1x1" (the
             authors' released networks) or the "3x3" ("v1.5").
-        zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017; not in the paper).
+        zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
         seed: Makes the initial weights reproducible, layer by layer.
 
     Returns:
         Keras tensor of shape (batch, ceil(height / stride), ceil(width / stride), channel_sizes[-1]).
     """
-    _require(0 < len(kernel_sizes) == len(channel_sizes), "kernel_sizes and channel_sizes with one entry per "
-             "convolution of a unit", f"{list(kernel_sizes)} and {list(channel_sizes)}")
+    _require(0 < len(kernel_sizes) == len(channel_sizes), "one entry per convolution of a unit",
+             f"kernel_sizes {list(kernel_sizes)}, channel_sizes {list(channel_sizes)}")
     _require(num_units > 0, "a stage of at least 1 unit", f"num_units={num_units}")
-    _require(not (is_plain and zero_gamma), "shortcuts for zero_gamma (a plain unit would output 0)", "is_plain=True")
+    _require(not (is_plain and zero_gamma), "shortcuts, for zero_gamma", "is_plain=True")
     _require_one_of("shortcut", shortcut, SHORTCUTS)
     _require_one_of("stride_in", stride_in, ("1x1", "3x3"))
     stride = stride or (1 if block_num == 2 else 2)
     x = input_layer
     for unit in range(1, num_units + 1):
-        x = build_unit(x, kernel_sizes, channel_sizes, stride if unit == 1 else 1, f"conv{block_num}_block{unit}",
-                       is_plain=is_plain, shortcut=shortcut, stride_in=stride_in, zero_gamma=zero_gamma, seed=seed)
+        x = build_unit(x, kernel_sizes, channel_sizes, stride if unit == 1 else 1,
+                       f"conv{block_num}_block{unit}", is_plain=is_plain, shortcut=shortcut,
+                       stride_in=stride_in, zero_gamma=zero_gamma, seed=seed)
     return x
 
 
@@ -359,7 +344,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     """Build a whole network as in Table 1; it ends in logits, (batch, num_classes), not in probabilities.
 
     Args:
-        input_shape: (height, width, channels), at least 32 pixels each way (8 with the "cifar" stem).
+        input_shape: (height, width, channels).
         units_per_block, channels: One entry per stage, such as [3, 4, 6, 3] and [64, 128, 256, 512].
         num_classes: At least 2.
         bottleneck: Units of 1x1, 3x3 and 1x1 (four times the channels) instead of two 3x3 (paper, Figure 5).
@@ -367,12 +352,11 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
         stem: "imagenet" (7x7 stride 2 and max pool, Table 1) or "cifar" (3x3 stride 1, no pool, section 4.2).
         seed, options: See `build_resnet_block`.
     """
-    least = SMALLEST[_require_one_of("stem", stem, SMALLEST)]
-    _require(len(input_shape) == 3 and min(input_shape[:2]) >= least,
-             f"input_shape (height, width, channels) with at least {least} pixels each way", tuple(input_shape))
+    _require_one_of("stem", stem, ("imagenet", "cifar"))
+    _require(len(input_shape) == 3, "input_shape (height, width, channels)", tuple(input_shape))
     _require(num_classes >= 2, "num_classes of at least 2", num_classes)
-    _require(0 < len(units_per_block) == len(channels), "units_per_block and channels with one entry per stage",
-             f"{list(units_per_block)} and {list(channels)}")
+    _require(0 < len(units_per_block) == len(channels), "one entry per stage",
+             f"units_per_block {list(units_per_block)}, channels {list(channels)}")
     image = keras.Input(input_shape, name="image")
     x = conv_bn(image, channels[0], *((7, 2) if stem == "imagenet" else (3, 1)), "conv1", seed)
     x = keras.layers.Activation("relu", name="conv1_relu")(x)
@@ -389,7 +373,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
 
 
 def create_model(name, input_shape=(32, 32, 3), num_classes=2, **options):
-    """Build "resnet" or "plain" and a depth of Table 1 or section 4.2; `options` are those of `build_resnet`."""
+    """Build "resnet" or "plain" with a depth of Table 1 or section 4.2; `options` as in `build_resnet`."""
     plan = DEPTHS[MODELS[_require_one_of("model", name, MODELS)]] | {"is_plain": name.startswith("plain")}
     return build_resnet(input_shape, num_classes=num_classes, name=name, **plan | options)
 
@@ -399,48 +383,21 @@ def display_name(model):
     return model.replace("resnet", "ResNet-").replace("plain", "plain-")
 
 
-def stage_table(model):
-    """Count a network stage by stage, as the paper's Table 1 does; all of it is computed from the model.
-
-    Columns: output size, layers (of the unit that repeats), units, weight layers (the paper's depth: without
-    projections), trainable parameters, multiply-adds of one image (convolutions and classifier).
-    """
-    rows = {}
-    for layer in model.layers:
-        first, kernel = layer.name.split("_")[0], getattr(layer, "kernel", None)
-        part = {"conv1": "conv1", "pool1": "conv2_x", "avg": "classifier", "predictions": "classifier"}.get(first)
-        if not part and not first.startswith("conv"):
-            continue  # the input, and what a zero-padded shortcut adds: nothing with weights
-        row = rows.setdefault(part or f"{first}_x", collections.Counter(output="", layers=[]))
-        row["output"] = "x".join(map(str, layer.output.shape[1:]))
-        row["units"] += layer.name.endswith("_out")
-        is_weight_layer = kernel is not None and not layer.name.endswith("_0_conv")
-        row["weight layers"] += is_weight_layer
-        row["parameters"] += sum(math.prod(weight.shape) for weight in layer.trainable_weights)
-        row["multiply-adds"] += 0 if kernel is None else math.prod((*kernel.shape, *layer.output.shape[1:-1]))
-        if is_weight_layer:
-            row["layers"].append("x".join(map(str, kernel.shape[:-2])) + f", {kernel.shape[-1]}")
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    repeats = zip(table["layers"], table["units"].clip(lower=1))
-    table["layers"] = ["; ".join(layers[: len(layers) // units]) for layers, units in repeats]
-    table.loc["classifier", "layers"] = f"fc{table.layers['classifier']}"
-    table.loc["total"] = ["", "", *table.iloc[:, 2:].sum()]
-    return table
-
-
-# -------------------------------------------------------------------------------------------- training
+# ---- training ----
 
 
 def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
-    """Return the configuration of one run, a dict of all that decides it; `changes` override single entries."""
+    """Return the configuration of a run, a dict of all that decides it; `changes` override single entries."""
     plan, is_plain = DEPTHS[MODELS[_require_one_of("model", model, MODELS)]], model.startswith("plain")
+    profile = get_profile(profile)
     config = {
-        "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64, **PROFILES[get_profile(profile)],
+        "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64, **PROFILES[profile],
         "optimizer": "adam", "learning_rate": 1e-3, "schedule": "half an epoch up, cosine down",
-        "augmentation": "flips, 4-pixel shifts", "stem": plan["stem"], "stride_in": "1x1", "zero_gamma": False,
-        "shortcut": "none" if is_plain else plan["shortcut"], "seed": seed, "profile": get_profile(profile)}
+        "augmentation": "flips, 4-pixel shifts", "stem": plan["stem"], "stride_in": "1x1",
+        "zero_gamma": False, "shortcut": "none" if is_plain else plan["shortcut"], "seed": seed,
+        "profile": profile}
     if dataset == DIGITS:  # there are no more
-        config |= {"train_images": min(config["train_images"], 1_258), "val_images": min(config["val_images"], 539)}
+        config |= {key: min(config[key], n) for key, n in (("train_images", 1_258), ("val_images", 539))}
     allowed = {key: [config[key]] for key in ("schedule", "augmentation")}  # they say what is always done
     allowed |= {"optimizer": OPTIMIZERS, "shortcut": ["none"] if is_plain else SHORTCUTS}
     for key, value in changes.items():
@@ -459,7 +416,7 @@ def run_path(config, folder=None):
 
 @keras.saving.register_keras_serializable("resnet_helpers")
 class Adam(keras.optimizers.Adam):
-    """Adam (Kingma and Ba 2015); with TensorFlow one pass over the weights, where Keras's formula makes ten."""
+    """Adam (Kingma and Ba 2015); with TensorFlow one pass over the weights, where Keras makes ten."""
 
     def update_step(self, gradient, variable, learning_rate):
         if keras.backend.backend() != "tensorflow":
@@ -467,17 +424,18 @@ class Adam(keras.optimizers.Adam):
         import tensorflow as tf
 
         index, step = self._get_variable_index(variable), keras.ops.cast(self.iterations + 1, variable.dtype)
+        m, v = (each[index].value.handle for each in (self._momentums, self._velocities))
         tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle, m=self._momentums[index].value.handle, v=self._velocities[index].value.handle,
-            beta1_power=self.beta_1**step, beta2_power=self.beta_2**step, beta1=self.beta_1, beta2=self.beta_2,
-            lr=keras.ops.cast(learning_rate, variable.dtype), epsilon=self.epsilon, grad=gradient)
+            var=variable.handle, m=m, v=v, beta1=self.beta_1, beta2=self.beta_2, epsilon=self.epsilon,
+            beta1_power=self.beta_1**step, beta2_power=self.beta_2**step, grad=gradient,
+            lr=keras.ops.cast(learning_rate, variable.dtype))
 
 
 OPTIMIZERS = {"adam": Adam, "sgd": functools.partial(keras.optimizers.SGD, momentum=0.9)}
 
 
 def learning_rate(config):
-    """The schedule: linearly up to config["learning_rate"] for half an epoch, then down to 0 along a cosine."""
+    """The schedule: half an epoch linearly up to config["learning_rate"], then along a cosine down to 0."""
     epoch = math.ceil(config["train_images"] / config["batch_size"])
     return keras.optimizers.schedules.CosineDecay(
         0.0, max(1, config["epochs"] * epoch - epoch // 2), warmup_target=config["learning_rate"],
@@ -486,12 +444,14 @@ def learning_rate(config):
 
 def build_from_config(config, num_classes):
     """The compiled network of a configuration."""
-    keys = [key for key in ("stem", "stride_in", "shortcut", "zero_gamma", "seed") if config[key] != "none"]
-    options = {key: config[key] for key in keys}
-    model = create_model(config["model"], (config["image_size"], config["image_size"], 3), num_classes, **options)
+    options = {key: config[key] for key in ("stem", "stride_in", "zero_gamma", "seed")}
+    if config["shortcut"] != "none":
+        options["shortcut"] = config["shortcut"]
+    model = create_model(config["model"], (config["image_size"],) * 2 + (3,), num_classes, **options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    xla = False if keras.backend.backend() == "tensorflow" and _device().startswith("CPU") else "auto"  # slow there
-    model.compile(OPTIMIZERS[config["optimizer"]](learning_rate(config)), loss, metrics=["accuracy"], jit_compile=xla)
+    optimizer = OPTIMIZERS[config["optimizer"]](learning_rate(config))
+    slow = keras.backend.backend() == "tensorflow" and _device().startswith("CPU")  # XLA is, there
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False if slow else "auto")
     return model
 
 
@@ -499,8 +459,9 @@ def build_from_config(config, num_classes):
 def _device():
     """Name of the device that trains, such as "CPU x86_64" or a GPU's name."""
     place, library = str(keras.ops.zeros(()).device).upper(), sys.modules[keras.backend.backend()]
-    if "CPU" in place or "MPS" in place:
-        return f"{'CPU' if 'CPU' in place else 'MPS'} {platform.machine()}"
+    for kind in ("CPU", "MPS"):
+        if kind in place:
+            return f"{kind} {platform.machine()}"
     if library.__name__ == "tensorflow":
         gpu = library.config.list_physical_devices("GPU")[0]
         return library.config.experimental.get_device_details(gpu).get("device_name", "GPU")
@@ -513,41 +474,41 @@ def environment(data):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"python": platform.python_version(), "keras": keras.__version__, "backend": backend,
             backend: sys.modules[backend].__version__, "numpy": np.__version__, "device": _device(),
-            "threads": int(os.environ.get("RESNET_THREADS") or cores),
+            "threads": int(os.environ.get("RESNET_THREADS") or cores), "date": time.strftime("%Y-%m-%d"),
             "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
-            "labels_crc32": zlib.crc32(data.val_labels, zlib.crc32(data.train_labels)),
-            "date": time.strftime("%Y-%m-%d")}
+            "labels_crc32": zlib.crc32(data.val_labels, zlib.crc32(data.train_labels))}
 
 
-def train_run(config, folder=None, keep_weights=False, verbose=2):
+def train_run(config, folder=None, keep_weights=False, verbose=True):
     """Train one network in this process, or load its run if that is there, and return the run as a dict.
 
     Every finished epoch is saved: a run that was cut off goes on from there and ends in the same history.
-    `keep_weights` also saves the final weights, beside the run's file as <name>.weights.h5. A ValueError says that
-    files of this name belong to another run, a RuntimeError that another process is training it.
+    `keep_weights` also saves a new run's final weights beside its file, as <name>.weights.h5. Raises
+    ValueError where files of this name belong to another run, RuntimeError where another process trains it.
     """
     path = run_path(config, folder)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock")
         try:
-            with filelock.FileLock(lock, timeout=10):  # a process that was told to end may hold it a moment longer
+            with filelock.FileLock(lock, timeout=10):  # a process told to end may hold it a moment longer
                 if not path.exists():
                     _train(config, path, keep_weights, verbose)
             lock.unlink(missing_ok=True)
         except filelock.Timeout:
-            raise RuntimeError(f"{path.stem} is being trained by another process, which holds {lock}. Wait for it, "
-                               "stop it, or choose another folder.") from None
+            raise RuntimeError(f"{path.stem} is being trained by another process, which holds {lock}. "
+                               "Wait for it, stop it, or choose another folder.") from None
     run = read_run(path)
     _refuse_another(path, config, run["config"])
     return run
 
 
 def _refuse_another(path, wanted, found):
-    differ = [f"{key}: {found.get(key)!r}, wanted {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
+    differ = [f"{key}: {found.get(key)!r}, wanted {wanted[key]!r}"
+              for key in wanted if found.get(key) != wanted[key]]
     if differ:
-        raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). It stays as it is: move it away, or "
-                         "choose another folder.")
+        raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). It stays as it is: move it "
+                         "away, or choose another folder.")
 
 
 def _train(config, path, keep_weights, verbose):
@@ -555,88 +516,77 @@ def _train(config, path, keep_weights, verbose):
         left.unlink()
     if config["dataset"] != DIGITS:
         prepare_dataset("full")
-    data, parts = load_data(config["dataset"], config["image_size"]), []
-    for split, images, labels in (("train", *data[1:3]), ("val", *data[3:])):
-        count = config[f"{split}_images"]
-        _require(0 < count <= len(images), f"{split}_images from 1 to {len(images)} (all there are)", count)
-        parts.append(Batches(images[:count], labels[:count], config["batch_size"], split == "train", config["seed"]))
-    train, val = parts
+    data = load_data(config["dataset"], config["image_size"])
+    n, m, there = config["train_images"], config["val_images"], (len(data.train_images), len(data.val_images))
+    _require(0 < n <= there[0] and 0 < m <= there[1], f"train_images and val_images up to {there}", (n, m))
+    val = Batches(data.val_images[:m], data.val_labels[:m], config["batch_size"])
     model = build_from_config(config, len(data.class_names))
-    run = {"config": config, "status": "finished", "history": {key: [] for key in HISTORY},
-           "environment": environment(data)}
-    checkpoint = Checkpoint(run, path.with_suffix(".checkpoint.npz"), model, train)
-    epochs = checkpoint.restore()
-    if run["status"] == "finished":
-        model.fit(train, validation_data=val, initial_epoch=epochs, epochs=config["epochs"],
-                  shuffle=False, verbose=verbose, callbacks=[checkpoint])
+    model.optimizer.build(model.trainable_variables)
+    state = [*model.variables, *model.optimizer.variables]
+    checkpoint, history = path.with_suffix(".checkpoint.npz"), {key: [] for key in HISTORY}
+    run = {"config": config, "status": "finished", "history": history, "environment": environment(data)}
+    if checkpoint.exists():
+        run |= _restore(checkpoint, run, state)
+    while (epoch := len(run["history"]["loss"])) < config["epochs"] and run["status"] == "finished":
+        start, key = time.perf_counter(), (config["seed"], epoch)
+        train = Batches(data.train_images[:n], data.train_labels[:n], config["batch_size"], key)
+        logs = model.fit(train, validation_data=val, shuffle=False, verbose=0).history
+        logs["seconds"] = [round(time.perf_counter() - start, 3)]
+        for key, values in run["history"].items():
+            values += [float(v) if math.isfinite(v) else None for v in logs[key]]  # JSON has no NaN
+        if not np.isfinite(logs["loss"] + logs["val_loss"]).all():
+            run["status"] = "diverged"
+        arrays = {str(i): keras.ops.convert_to_numpy(variable) for i, variable in enumerate(state)}
+        write_atomically(checkpoint, functools.partial(np.savez, run=json.dumps(run), **arrays))
+        if verbose:
+            print(_epoch_line(_run_table(run, path)), flush=True)
     if run["status"] == "finished":
         classes = model.predict(val, verbose=0).argmax(-1).astype("uint8")
         run["val_predictions"] = base64.b64encode(zlib.compress(classes.tobytes())).decode()
     if keep_weights:  # of a copy: a compiled model would also save its optimiser
         copy = keras.Model(model.input, model.output, name=model.name)
         write_atomically(path.with_suffix(".weights.h5"), copy.save_weights)
-    finite = {key: [v if math.isfinite(v) else None for v in values] for key, values in run["history"].items()}
-    text = json.dumps(run | {"history": finite}, indent=1) + "\n"  # JSON has no infinity and no NaN
-    write_atomically(path, lambda partial: partial.write_text(text))
-    checkpoint.path.unlink(missing_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(run, indent=1) + "\n"))
+    checkpoint.unlink(missing_ok=True)
 
 
-class Checkpoint(keras.callbacks.Callback):
-    """Keeps a run's history, and after each epoch one file from which the run can go on exactly."""
+def _restore(path, run, state):
+    """Put network and optimiser back to the last finished epoch, and return the run so far."""
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            saved = json.loads(str(file["run"]))
+            values = [file[str(i)] for i in range(len(state))]
+    except Exception as error:  # a damaged zip can raise nearly anything
+        raise ValueError(f"{path} is damaged ({error!r}). Move it away to start afresh.") from error
+    before, now = saved["environment"], run["environment"]
+    _refuse_another(path, run["config"] | {key: now[key] for key in MACHINE}, saved["config"] | before)
+    for variable, value in zip(state, values):
+        variable.assign(value)
+    if before != now | {"date": before["date"]}:  # such as other threads: the last digits may differ
+        saved["earlier_environments"] = [*saved.get("earlier_environments", []), before]
+    print(f"Going on after epoch {len(saved['history']['loss'])} of {saved['config']['epochs']}.", flush=True)
+    return saved | {"environment": now}
 
-    def __init__(self, run, path, model, train):
-        super().__init__()
-        self.run, self.path, self.train = run, path, train
-        model.optimizer.build(model.trainable_variables)
-        self.state = [*model.variables, *model.optimizer.variables]
 
-    def restore(self):
-        """Put network, optimiser and history back to the last finished epoch and return its number (or 0)."""
-        if not self.path.exists():
-            return 0
-        try:
-            with open(self.path, "rb") as opened, np.load(opened) as file:
-                saved = json.loads(str(file["run"]))
-                values = [file[str(i)] for i in range(len(self.state))]
-        except Exception as error:  # a damaged zip can raise nearly anything
-            aside = self.path.replace(self.path.with_suffix(".damaged"))
-            print(f"The checkpoint is damaged ({error}): set aside as {aside.name}, starting afresh.", flush=True)
-            return 0
-        before, now = saved["environment"], self.run["environment"]
-        _refuse_another(self.path, self.run["config"] | {key: now[key] for key in MACHINE}, saved["config"] | before)
-        for variable, value in zip(self.state, values):
-            variable.assign(value)
-        if before != now | {"date": before["date"]}:  # such as the number of threads: the last digits may differ
-            saved["earlier_environments"] = [*saved.get("earlier_environments", []), before]
-        self.run.update(saved | {"environment": now})
-        print(f"Going on after epoch {len(saved['history']['loss'])} of {saved['config']['epochs']}.", flush=True)
-        return len(saved["history"]["loss"])
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.train.set_epoch(epoch)
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs = logs | {"seconds": round(time.perf_counter() - self.start, 3)}
-        for key, values in self.run["history"].items():
-            values.append(float(logs[key]))
-        if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
-            self.run["status"], self.model.stop_training = "diverged", True
-        arrays = {str(i): keras.ops.convert_to_numpy(variable) for i, variable in enumerate(self.state)}
-        write_atomically(self.path, lambda partial: np.savez(partial, run=json.dumps(self.run), **arrays))
+def _epoch_line(table, i=-1):
+    row = table.iloc[i]
+    left = (row.epochs - row.epoch) * table.seconds.median() / 60
+    return (f"{display_name(row.model)}, seed {row.seed}, epoch {row.epoch}/{row.epochs}: "
+            f"loss {row.loss:.3f}, accuracy {row.accuracy:.1%}, validation {row.val_accuracy:.1%}, "
+            f"{row.seconds:.0f} s, {left:.1f} min left{', DIVERGED' * (row.status == 'diverged')}")
 
 
 def train_runs(configs, executor=None, folder=None, keep_weights=False):
     """Train each run in a process of its own, or load it if it is there; return all as `read_runs` does.
 
-    Prints a line per finished epoch, and in Jupyter draws a figure that grows. However this call ends, so do its
-    processes; the epochs that they have finished are kept. `executor` is any `concurrent.futures.Executor`, such as
+    Prints a line per finished epoch, and in Jupyter draws a figure that grows. When this call ends, so do its
+    processes; their finished epochs are kept. `executor` is any `concurrent.futures.Executor`, such as
     ThreadPoolExecutor(2) for two runs side by side, or a cluster's; by default one run follows the other.
     """
     _require(len(configs) > 0, "configurations of at least 1 run", "none")
     paths = {run_path(config, folder): config for config in configs}
-    lease = next(iter(paths)).with_name(f".{os.urandom(4).hex()}.lease")  # its processes end when this is gone
-    tables, jobs, handle = {path: _table_so_far(path) for path in paths}, {}, None
+    tables, jobs, shown = {path: _table_so_far(path, pd.DataFrame()) for path in paths}, {}, None
+    lease = next(iter(paths)).with_name(f".{os.urandom(4).hex()}.lease")  # without it, its processes end
     with contextlib.ExitStack() as stack:
         executor = executor or stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         for path, config in paths.items():
@@ -645,62 +595,54 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
                 continue
             write_atomically(lease, pathlib.Path.touch)
             stack.callback(lease.unlink, missing_ok=True)
-            options = {"folder": str(path.parent), "keep_weights": keep_weights, "verbose": 0, "lease": str(lease)}
-            command = [sys.executable, os.path.abspath(__file__), json.dumps(config), json.dumps(options)]
-            # Nothing but the standard library, so that any worker can run it.
+            options = {"folder": str(path.parent), "keep_weights": keep_weights, "verbose": False}
+            command = [sys.executable, os.path.abspath(__file__)]
+            command += [json.dumps(config), json.dumps(options), str(lease)]
+            # nothing but the standard library, so that any worker can run it
             jobs[path] = executor.submit(subprocess.run, command, capture_output=True, text=True)
             stack.callback(jobs[path].cancel)
-        unfinished = {number: path for number, path in enumerate(paths, 1) if path in jobs}
+        unfinished = list(jobs)
         while unfinished:  # looks at those alone, since reading files takes time from the training
             time.sleep(0.5)
-            ended = [number for number, path in unfinished.items() if jobs[path].done()]
-            for number, path in unfinished.items():
-                known, table = len(tables[path]), _table_so_far(path)
-                for row in table.iloc[known:].itertuples():
-                    left = (row.epochs - row.epoch) * table.seconds.median() / 60
-                    print(f"[{number}/{len(paths)}] {display_name(row.model)}, seed {row.seed}, epoch {row.epoch}/"
-                          f"{row.epochs}: loss {row.loss:.3f}, accuracy {row.accuracy:.1%}, validation "
-                          f"{row.val_accuracy:.1%}, {row.seconds:.0f} s, {left:.1f} min left"
-                          f"{', DIVERGED' * (row.status == 'diverged')}", flush=True)
-                if len(table) > known:
-                    tables[path] = table
-                    if "ipykernel" in sys.modules:
-                        import IPython.display
+            ended = [path for path in unfinished if jobs[path].done()]  # before the look: no epoch is missed
+            for path in unfinished:
+                known, tables[path] = len(tables[path]), _table_so_far(path, tables[path])
+                for i in range(known, len(tables[path])):
+                    number = f"[{list(paths).index(path) + 1}/{len(paths)}]"
+                    print(number, _epoch_line(tables[path], i), flush=True)
+                if len(tables[path]) > known and "ipykernel" in sys.modules:
+                    from IPython.display import display
 
-                        figure = plot_histories(pd.concat(tables.values(), ignore_index=True))
-                        handle = handle or IPython.display.display(display_id=True)
-                        handle.update(figure)
-                        plt.close(figure)
-            for number in ended:  # before that last look: no epoch is missed
-                del unfinished[number]
+                    figure = plot_histories(pd.concat(tables.values(), ignore_index=True))
+                    shown = shown or display(display_id=True)
+                    shown.update(figure)
+                    plt.close(figure)
+            unfinished = [path for path in unfinished if path not in ended]
     for path, job in jobs.items():
         ended = job.result()
         print(ended.stdout, end="", flush=True)
-        if ended.returncode:
-            lines = ended.stderr.splitlines() if ended.returncode > 0 else []  # below 0: ended by a signal
-            *_, reason = "Was it killed, or out of memory?", *lines
+        if ended.returncode:  # below 0: by a signal
+            reason = ["Was it killed, or out of memory?", *ended.stderr.splitlines()][-(ended.returncode > 0)]
             raise RuntimeError(f"The run {path.stem} ended with status {ended.returncode}. {reason}")
     runs = [_run_table(train_run(config, folder), path) for path, config in paths.items()]
     return pd.concat(runs, ignore_index=True)
 
 
-def _table_so_far(path):
-    """The finished epochs of a run, from its files: the same wherever it is trained."""
-    with contextlib.suppress(Exception):  # not there yet, or replaced at this very moment: look again later
+def _table_so_far(path, known):
+    """The finished epochs of a run, from its files: the same wherever it trains; else those known."""
+    with contextlib.suppress(Exception):  # not there yet, or just being replaced
         if path.exists():
             return _run_table(read_run(path), path)
         with open(path.with_suffix(".checkpoint.npz"), "rb") as opened, np.load(opened) as file:
             return _run_table(json.loads(str(file["run"])), path)
-    return pd.DataFrame()
+    return known
 
 
-# --------------------------------------------------------------------------------------------- results
+# ---- results ----
 
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
-MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # of the environment: the same throughout a run
+MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # of the environment, all through a run
 NETWORK = ["model", "shortcut", "zero_gamma"]  # what an ablation may vary; seeds repeat it
-EPOCH_SUMMARIES = {"last": lambda values: values.iloc[-1], "best": "max",
-                   "mean of last 3": lambda values: values.tail(3).mean()}
 
 
 def read_run(path):
@@ -732,32 +674,30 @@ def _run_table(run, path):
                         **config, **machine)
 
 
-def ablation_table(runs, metric="val_accuracy", epoch="last", rates=None):
-    """Plain against residual at equal epochs: one row per depth (and kind of shortcut), means over seeds.
+def ablation_table(runs, metric="val_accuracy", rates=None):
+    """Plain against residual after equal epochs: a row per depth (and kind of shortcut), means over seeds.
 
-    `epoch` is "last" (the result), "best" (picked on the validation images, so too good) or "mean of last 3".
-    With `rates`, a learning rate per model, each network's runs at its own rate are taken, else all must have one.
-    Columns: plain, residual, difference and seeds (those that both have), and with several seeds the standard
-    deviations and the half width of the difference's 95% confidence interval, paired by seed. A network with a run
-    that diverged has no number (NaN). Runs that differ in anything but network and seed raise a ValueError.
+    `rates`, a learning rate per model, picks each network's runs at its own rate; else all must have one.
+    Columns: plain, residual, difference, seeds (those that both have); with several seeds also the standard
+    deviations and the half width of the difference's 95% confidence interval, paired by seed. NaN: a run
+    diverged. Runs that differ in anything but network and seed raise a ValueError.
     """
     if rates is not None:
         runs = runs[runs.learning_rate == runs.model.map(rates)].assign(learning_rate="own")
-    for key in (key for key in [*make_config("plain18"), *MACHINE] if key not in [*NETWORK, "seed"]):
+    for key in [*make_config("plain18"), *MACHINE]:
         files = runs.groupby(key).file.unique()  # leaves out files that are older than a checksum
-        if len(files) > 1:
+        if len(files) > 1 and key not in [*NETWORK, "seed"]:
             groups = "; ".join(f"{value!r}: {', '.join(names)}" for value, names in files.items())
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({groups}).")
-    runs = runs.assign(score=runs[metric].where(runs.status != "diverged"))
-    pick, rows = EPOCH_SUMMARIES[_require_one_of("epoch", epoch, EPOCH_SUMMARIES)], {}
-    arms = {arm: part.groupby("seed").score.agg(pick) for arm, part in runs.groupby(NETWORK)}
+    last, rows = runs.groupby("file").tail(1), {}
+    last = last.assign(score=last[metric].where(last.status != "diverged"))
+    arms = {arm: part.set_index("seed").score for arm, part in last.groupby(NETWORK)}
     for model, shortcut, zero_gamma in sorted(arms, key=lambda arm: (MODELS[arm[0]], arm)):
-        depth = MODELS[model]
-        if model == f"plain{depth}":
+        twin = f"plain{MODELS[model]}"
+        if model == twin:
             continue
-        twin = (f"plain{depth}", "none", False)
-        _require(twin in arms, f"a run of {twin[0]} to compare {model} with", sorted({arm[0] for arm in arms}))
-        pair = {"plain": arms[twin], "residual": arms[model, shortcut, zero_gamma]}
+        _require((twin, "none", False) in arms, f"runs of {twin} beside {model}", [arm[0] for arm in arms])
+        pair = {"plain": arms[twin, "none", False], "residual": arms[model, shortcut, zero_gamma]}
         pair = pd.concat(pair, axis=1, join="inner")  # the seeds that both have
         pair["difference"] = pair.residual - pair.plain
         row = {**pair.mean(skipna=False), "seeds": len(pair)}
@@ -765,26 +705,12 @@ def ablation_table(runs, metric="val_accuracy", epoch="last", rates=None):
             row |= {f"{column} sd": sd for column, sd in pair.std(skipna=False).items()}
             interval = scipy.stats.ttest_rel(pair.residual, pair.plain).confidence_interval()
             row["95% half width"] = (interval.high - interval.low) / 2
-        notes = [shortcut] * (shortcut != DEPTHS[depth]["shortcut"]) + ["zero gamma"] * zero_gamma
-        rows[f"{depth} layers" + (f" ({', '.join(notes)})" if notes else "")] = row
+        notes = [shortcut] * (shortcut != DEPTHS[MODELS[model]]["shortcut"]) + ["zero gamma"] * zero_gamma
+        rows[f"{MODELS[model]} layers" + (f" ({', '.join(notes)})" if notes else "")] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def format_percent(table):
-    """The ablation table as text in percent: "71.4", over seeds "71.4 ± 0.6", differences "+9.1 [+7.7, +10.5]"."""
-    def cell(row, column):
-        value, sd, half = (100 * row.get(key, math.nan) for key in (column, f"{column} sd", "95% half width"))
-        if math.isnan(value):
-            return "diverged"
-        if column == "difference":
-            return f"{value:+.1f}" + ("" if math.isnan(half) else f" [{value - half:+.1f}, {value + half:+.1f}]")
-        return f"{value:.1f}" + ("" if math.isnan(sd) else f" ± {sd:.1f}")
-
-    columns = ("plain", "residual", "difference")
-    return pd.DataFrame({c: [cell(row, c) for _, row in table.iterrows()] for c in columns}, index=table.index)
-
-
-# ----------------------------------------------------------------------------------------------- plots
+# ---- plots ----
 
 # Hue is the kind, warm for plain and cool for residual; shade is the depth, in each of the two families.
 COLOURS = {f"{kind}{depth}": colour for kind, palette in (("plain", "YlOrRd"), ("resnet", "YlGnBu"))
@@ -795,33 +721,22 @@ sns.set_theme(style="whitegrid", rc={
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
 
 
-def plot_images(images, labels, class_names, heading, columns=8):
-    """Draw a grid of images (uint8, or float32 in 0 to 1; sizes may differ) with their class names."""
-    rows = math.ceil(len(images) / columns)
-    size = 8, 8.4 / columns * rows + 0.4
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, label in zip(axes.flat, images, labels):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(class_names[label], fontsize=10, loc="center")
-    figure.suptitle(heading, fontsize=12)
-    return figure
-
-
 def plot_histories(runs, heading="", metrics=("loss", "accuracy, %")):
     """Draw runs against epochs, a row per metric and a column per depth, a colour per network.
 
     Training is solid, validation dashed; with several seeds a line is their mean and a band their range.
     """
-    percent = runs.assign(**{f"{part}accuracy, %": 100 * runs[f"{part}accuracy"] for part in ("", "val_")})
-    long = pd.concat([percent.assign(value=percent[part + metric], metric=metric, part=name) for metric in metrics
-                      for part, name in (("", "training"), ("val_", "validation"))], ignore_index=True)
-    long = long.assign(network=long.model.map(display_name), layers=long.model.map(MODELS))
-    palette = {display_name(model): COLOURS.get(model, "#666666") for model in long.model.unique()}
-    grid = sns.relplot(long, x="epoch", y="value", row="metric", col="layers", hue="network", style="part", kind="line",
-                       palette=palette, errorbar=("pi", 100), marker="o", markersize=3, markeredgewidth=0,
-                       height=2.5, aspect=1.1, facet_kws={"sharey": "row", "margin_titles": True})
+    keys = [part + metric for metric in ("loss", "accuracy") for part in ("", "val_")]
+    long = runs.assign(network=runs.model.map(display_name), layers=runs.model.map(MODELS)).melt(
+        ["network", "layers", "seed", "epoch"], keys, var_name="metric")
+    long["part"] = np.where(long.metric.str.startswith("val_"), "validation", "training")
+    long["metric"] = long.metric.str.removeprefix("val_").replace("accuracy", "accuracy, %")
+    long.loc[long.metric != "loss", "value"] *= 100
+    grid = sns.relplot(
+        long[long.metric.isin(metrics)], x="epoch", y="value", row="metric", col="layers", hue="network",
+        style="part", palette={display_name(model): colour for model, colour in COLOURS.items()}, kind="line",
+        errorbar=("pi", 100), marker="o", markersize=3, markeredgewidth=0, height=2.5, aspect=1.1,
+        facet_kws={"sharey": "row", "margin_titles": True})
     grid.set_titles(col_template="{col_name} layers", row_template="").set_axis_labels("epoch")
     for metric, axis in zip(metrics, grid.axes[:, 0]):
         axis.set_ylabel(metric)
@@ -831,14 +746,14 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy, %")):
     return grid.figure
 
 
-if __name__ == "__main__":  # a configuration and options of train_run, both as JSON
-    config, options = (*map(json.loads, sys.argv[1:]), {})[:2]
+if __name__ == "__main__":  # a configuration and options of train_run, both as JSON, and train_runs's lease
+    config, options, lease = (*sys.argv[1:], "{}", "")[:3]
 
-    def end_with(lease, parent):  # nothing trains on for nobody
-        while os.path.exists(lease) and os.getppid() == parent:
+    def end_with_parent():  # nothing trains on for nobody
+        while os.path.exists(lease) and os.getppid() == PARENT:
             time.sleep(0.5)
         os._exit(1)
 
-    if "lease" in options:
-        threading.Thread(target=end_with, args=(options.pop("lease"), PARENT), daemon=True).start()
-    train_run(make_config(**config), **options)
+    if lease:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    train_run(make_config(**json.loads(config)), **json.loads(options))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import resnet_helpers as rh
 import tensorflow as tf
+from notebook_code import stage_table
 
 
 @functools.cache
@@ -199,7 +200,7 @@ def test_saved_net_gives_the_same_outputs(tmp_path):
 ])
 def test_trainable_parameters_with_1000_classes(name, count):
     net = shared_net(name, 224, 1000)
-    assert (trainable(net), rh.stage_table(net).loc["total", "parameters"]) == (count, count)
+    assert (trainable(net), stage_table(net).loc["total", "parameters"]) == (count, count)
 
 
 @pytest.mark.parametrize("name, count", [
@@ -226,7 +227,7 @@ def test_zero_padded_shortcuts_have_no_parameters(depth):
     ("resnet152", {}, [3, 8, 36, 3], 11.3),
 ])
 def test_stage_table_is_table_1_of_the_paper(name, options, units, billions):
-    table = rh.stage_table(shared_net(name, 224, 1000, **options))
+    table = stage_table(shared_net(name, 224, 1000, **options))
     depth = rh.MODELS[name]
     widths, layers = [64, 128, 256, 512], "1x1, {0}; 3x3, {0}; 1x1, {1}" if depth >= 50 else "3x3, {0}; 3x3, {0}"
     outputs = [4 * width if depth >= 50 else width for width in widths]
@@ -245,7 +246,7 @@ def test_networks_of_section_4_2(depth, millions):
     plain, residual = (shared_net(f"{kind}{depth}", classes=10) for kind in ("plain", "resnet"))
     assert trainable(plain) == trainable(residual)  # option A: no parameters in the shortcuts
     assert trainable(plain) / 1e6 == pytest.approx(millions, abs=0.05 if depth == 110 else 0.005)
-    table, units = rh.stage_table(residual), (depth - 2) // 6
+    table, units = stage_table(residual), (depth - 2) // 6
     assert list(table.index) == ["conv1", "conv2_x", "conv3_x", "conv4_x", "classifier", "total"]
     assert list(table["output"]) == ["32x32x16", "32x32x16", "16x16x32", "8x8x64", "10", ""]
     stages = [f"3x3, {width}; 3x3, {width}" for width in (16, 32, 64)]
@@ -339,14 +340,13 @@ def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **option
     (lambda: rh.create_model("resnet50", stride_in="5x5"), "'5x5'", "1x1, 3x3"),
     (lambda: rh.create_model("resnet18", stem="mnist"), "'mnist'", "imagenet, cifar"),
     (lambda: rh.create_model("resnet18", num_classes=1), "1", "at least 2"),
-    (lambda: rh.create_model("resnet18", (32, 31, 3)), "(32, 31, 3)", "at least 32"),
-    (lambda: rh.create_model("resnet20", (7, 8, 3)), "(7, 8, 3)", "at least 8"),
-    (lambda: rh.create_model("plain18", zero_gamma=True), "is_plain=True", "shortcuts for zero_gamma"),
-    (lambda: rh.create_model("resnet18", (7, 8, 3), stem="cifar"), "(7, 8, 3)", "at least 8"),
+    (lambda: rh.create_model("plain18", zero_gamma=True), "is_plain=True", "shortcuts, for zero_gamma"),
     (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
-    (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2), "[2, 2] and [64]", "one entry per stage"),
-    (lambda: small_block((3, 3), (4,)), "[3, 3] and [4]", "one entry per convolution"),
-    (lambda: small_block((), ()), "[] and []", "one entry per convolution"),
+    (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2),
+     "units_per_block [2, 2], channels [64]", "one entry per stage"),
+    (lambda: small_block((3, 3), (4,)),
+     "kernel_sizes [3, 3], channel_sizes [4]", "one entry per convolution"),
+    (lambda: small_block((), ()), "kernel_sizes [], channel_sizes []", "one entry per convolution"),
     (lambda: small_block(num_units=0), "num_units=0", "at least 1"),
     (lambda: small_block(shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
 ])

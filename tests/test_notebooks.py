@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import resnet_helpers as rh
+from notebook_code import format_percent, stage_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -102,9 +103,9 @@ def committed_runs():
 def both_tables(runs):
     """Validation beside training accuracy, as notebook 4 saves them: numbers (ablation.csv) and Markdown."""
     table, training = rh.ablation_table(runs), rh.ablation_table(runs, "accuracy")
-    beside = rh.format_percent(training)[["plain", "residual"]].add_prefix("training: ")
+    beside = format_percent(training)[["plain", "residual"]].add_prefix("training: ")
     return (table.join(training.drop(columns="seeds").add_prefix("training: ")),
-            rh.format_percent(table).join(beside).to_markdown(disable_numparse=True))
+            format_percent(table).join(beside).to_markdown(disable_numparse=True))
 
 
 def test_notebook_4_tells_the_committed_runs():
@@ -127,7 +128,7 @@ def test_notebook_4_tells_the_committed_runs():
             f"residual networks by {residual:+.1f} and {residual_training:+.1f}"]
     end = runs[runs.epoch == runs.epochs]
     say += [f"training loss ends at {end.loss[end.model == 'plain50'].mean():.3f}, and guessing has {np.log(2):.3f}"]
-    size = {name: rh.stage_table(rh.create_model(name)).parameters["total"] for name in set(runs.model)}
+    size = {name: stage_table(rh.create_model(name)).parameters["total"] for name in set(runs.model)}
     say += [", ".join(f"{size[f'resnet{d}'] / size[f'plain{d}'] - 1:.1%} at {d} layers" for d in (18, 34, 50))]
 
     last = every[(every.epoch == every.epochs) & (every.seed == 0)].copy()

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import resnet_helpers as rh
+from notebook_code import format_percent
 from training_runs import ROOT, SMALL, add_small_nets, finish, losses, outcome, start, wait_for, write_images
 
 
@@ -43,14 +44,14 @@ def whole(small_world, tmp_path_factory):
 
 def stop_after(epoch, monkeypatch):
     """Interrupt training once an epoch is saved, as the stop button may at any moment."""
-    end = rh.Checkpoint.on_epoch_end
+    line = rh._epoch_line
 
-    def stop(self, number, logs=None):
-        end(self, number, logs)
-        if number + 1 == epoch:
+    def stop(table, i=-1):
+        if len(table) == epoch:
             raise KeyboardInterrupt
+        return line(table, i)
 
-    monkeypatch.setattr(rh.Checkpoint, "on_epoch_end", stop)
+    monkeypatch.setattr(rh, "_epoch_line", stop)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_same_history_after_another_model_and_in_a_fresh_process(whole, tmp_path
 @pytest.mark.parametrize("epoch", (1, 2))
 def test_goes_on_exactly_after_kill_9(whole, tmp_path, capsys, epoch):
     with start(tmp_path) as process:
-        wait_for(process, f"Epoch {epoch}/2")
+        wait_for(process, "begins" if epoch == 1 else "epoch 1/2")
         process.kill()
     assert not list(tmp_path.glob("*.json"))
     (tmp_path / ".1234abcd.resnet10-seed0.json").write_text("what a kill while saving leaves")
@@ -101,14 +102,17 @@ def test_goes_on_exactly_after_kill_9(whole, tmp_path, capsys, epoch):
 
 
 def test_goes_on_exactly_after_the_stop_button(whole, tmp_path, monkeypatch, capsys):
-    def stop(checkpoint, batch, logs=None):
-        if (checkpoint.train.epoch, batch) == (1, 1):
+    fetch = rh.Batches.__getitem__
+
+    def stop(batches, index):
+        if batches.key and (batches.key[1], index) == (1, 1):
             signal.raise_signal(signal.SIGINT)  # what Jupyter's stop button sends
+        return fetch(batches, index)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(rh.Checkpoint, "on_train_batch_end", stop)
+            patch.setattr(rh.Batches, "__getitem__", stop)
             rh.train_run(config(), tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -197,38 +201,28 @@ def change_environment(path, **changes):
     rewrite(path, run=json.dumps(run))
 
 
-def test_after_a_damaged_checkpoint_the_run_starts_afresh(whole, checkpoint, tmp_path, capsys):
-    copy = tmp_path / checkpoint.name
-    copy.write_bytes(checkpoint.read_bytes())
-    flip_bit(copy, 3_000_000)
-    damaged = copy.read_bytes()
-    aside = "resnet10-seed0.checkpoint.damaged"
-    train_and_compare(tmp_path, whole, aside)
-    assert (tmp_path / aside).read_bytes() == damaged
-    assert "The checkpoint is damaged" in (printed := capsys.readouterr().out) and aside in printed
-
-
 @pytest.fixture(scope="module")
-def trained(small_world):
-    """A checkpoint object of a network that is about to train."""
-    run = {"config": config(), "status": "finished", "history": {key: [] for key in rh.HISTORY},
-           "environment": rh.environment(rh.load_data())}
-    return rh.Checkpoint(run, None, rh.build_from_config(config(), 2), None)
+def fresh(small_world):
+    """A run that is about to train, and the variables of its network and optimiser."""
+    model = rh.build_from_config(config(), 2)
+    model.optimizer.build(model.trainable_variables)
+    run = {"config": config(), "environment": rh.environment(rh.load_data())}
+    return run, [*model.variables, *model.optimizer.variables]
 
 
 @pytest.mark.parametrize("damage, reason", (
-    (truncate, "not a zip file"), (drop_last, "is not a file in the archive"),
+    (truncate, "not a zip file"), (lambda path: flip_bit(path, 3_000_000), "CRC"),
+    (drop_last, "is not a file in the archive"),
     (lambda path: path.write_bytes(b""), "No data left"), (lambda path: path.write_text("0" * 999), "")))
-def test_a_checkpoint_that_cannot_be_read_is_set_aside_and_changes_nothing(
-        trained, checkpoint, tmp_path, capsys, damage, reason):
-    trained.path = tmp_path / checkpoint.name
-    trained.path.write_bytes(checkpoint.read_bytes())
-    damage(trained.path)
-    before = [np.array(variable) for variable in trained.state]
-    assert trained.restore() == 0
-    assert all(np.array_equal(a, b) for a, b in zip(before, trained.state))
-    assert not trained.run["history"]["loss"] and reason in capsys.readouterr().out
-    assert [path.suffix for path in tmp_path.iterdir()] == [".damaged"]
+def test_a_checkpoint_that_cannot_be_read_is_named_and_changes_nothing(fresh, checkpoint, tmp_path, damage, reason):
+    run, state = fresh
+    path = tmp_path / checkpoint.name
+    path.write_bytes(checkpoint.read_bytes())
+    damage(path)
+    kept, before = path.read_bytes(), [np.array(variable) for variable in state]
+    with pytest.raises(ValueError, match=f"checkpoint.npz is damaged .*{reason}.*Move it away"):
+        rh._restore(path, run, state)
+    assert path.read_bytes() == kept and all(np.array_equal(a, b) for a, b in zip(before, state))
 
 
 @pytest.mark.parametrize("change, reason", (
@@ -273,7 +267,7 @@ def test_divergence_is_recorded(whole, tmp_path, monkeypatch):
         assert run["status"] == "diverged" and len(run["history"]["loss"]) == 1
     assert json.loads(path.read_text(), parse_constant=fail)["history"]["loss"] == [None]
     assert sorted(tmp_path.glob("[!.]*")) == [path, residual]
-    table = rh.format_percent(rh.ablation_table(rh.read_runs(tmp_path)))
+    table = format_percent(rh.ablation_table(rh.read_runs(tmp_path)))
     assert table.plain.item() == table.difference.item() == "diverged"
     assert table.residual.item() == f"{100 * whole[1]['history']['val_accuracy'][-1]:.1f}"
 
@@ -311,7 +305,7 @@ def test_a_damaged_results_file_is_named_and_kept(whole, tmp_path, damage):
 
 def test_an_unwritable_folder_fails_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Cannot write .*file.*Nothing saved before is lost.*RESNET_RESULTS"):
+    with pytest.raises(OSError, match="Cannot write .*file.*What was saved before is safe.*RESNET_RESULTS"):
         rh.train_runs([config(model="resnet20")], folder=tmp_path / "file" / "results")
 
 
@@ -322,7 +316,7 @@ def test_a_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"Cannot write .*\.npz \(No space left on device\). Nothing saved"):
+        with pytest.raises(OSError, match=r"Cannot write .*\.npz \(No space left on device\). What was saved"):
             rh.train_run(config(), tmp_path)
     assert not list(tmp_path.glob(".*.npz")), "a partial file is left"
     with np.load(tmp_path / "resnet10-seed0.checkpoint.npz") as file:
@@ -378,9 +372,9 @@ def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypat
             rh.train_run(config, tmp_path)
         parent.kill()
     with filelock.FileLock(path.with_suffix(".lock"), timeout=10):  # its process is gone
-        epochs = len(rh._table_so_far(path))
+        epochs = len(rh._table_so_far(path, []))
         time.sleep(2)
-        assert 0 < epochs == len(rh._table_so_far(path)) < 500
+        assert 0 < epochs == len(rh._table_so_far(path, [])) < 500
 
 
 def test_no_orphan_even_if_the_parent_dies_while_the_run_is_being_started(tmp_path):
@@ -419,9 +413,9 @@ def test_importing_the_helper_starts_no_device():
 # ---------------------------------------------------------------------------------------- input pipeline
 
 
-def numbered(count, **options):
+def numbered(count, seed_and_epoch):
     """Batches in which label i belongs to image i."""
-    return rh.Batches(rh.load_data().train_images[:count], np.arange(count), 16, **options)
+    return rh.Batches(rh.load_data().train_images[:count], np.arange(count), 16, seed_and_epoch)
 
 
 def labels_of(batches):
@@ -429,11 +423,9 @@ def labels_of(batches):
 
 
 def test_every_training_image_once_an_epoch_in_a_reproducible_order():
-    batches, twin, other = numbered(50, training=True), numbered(50, training=True), numbered(50, training=True, seed=1)
     orders = []
     for epoch in range(3):
-        for each in (batches, twin, other):
-            each.set_epoch(epoch)
+        batches, twin, other = (numbered(50, (seed, epoch)) for seed in (0, 0, 1))
         orders.append(labels_of(batches))
         assert sorted(orders[-1]) == list(range(50))
         assert (orders[-1] == labels_of(twin)).all() and (orders[-1] != labels_of(other)).any()
@@ -466,27 +458,37 @@ def test_augmented_images_are_flips_and_shifts():
     assert len(set(found)) > 12 and {flip for flip, _, _ in found} == {1, -1}
 
 
-@pytest.mark.parametrize("first", (0, 2))
-def test_fit_sees_each_epochs_own_order(first):
-    """From the start and going on at epoch 2; what the net receives, not what the pipeline hands out."""
-    train, seen = numbered(50, training=True), []
+@pytest.mark.parametrize("epoch", (0, 2))
+def test_fit_sees_each_epochs_own_order(epoch):
+    """What the net receives, not what the pipeline hands out."""
+    train, seen = numbered(50, (0, epoch)), []
 
     class Eye(keras.Model):
         def train_step(self, batch):
             seen.append([np.array(part) for part in batch])
             return {"loss": 0.0}
 
-    eye, checkpoint = Eye(), rh.Checkpoint({"history": {}}, None, rh.build_from_config(config(), 2), train)
-    checkpoint.on_epoch_end = lambda *_: None
+    eye = Eye()
     eye.compile(run_eagerly=True)
-    eye.fit(train, initial_epoch=first, epochs=4, shuffle=False, verbose=0, callbacks=[checkpoint])
-    assert len(seen) == (4 - first) * len(train)
-    expected = numbered(50, training=True)
-    for epoch in range(first, 4):
-        expected.set_epoch(epoch)
-        for index in range(len(expected)):
-            for part, wanted in zip(seen.pop(0), expected[index]):
-                np.testing.assert_array_equal(part, wanted)
+    eye.fit(train, shuffle=False, verbose=0)
+    expected = numbered(50, (0, epoch))
+    assert len(seen) == len(expected)
+    for index in range(len(expected)):
+        for part, wanted in zip(seen[index], expected[index]):
+            np.testing.assert_array_equal(part, wanted)
+
+
+def test_a_run_takes_its_order_from_its_seed_and_the_epoch(tmp_path, monkeypatch):
+    keys = []
+
+    class Recorded(rh.Batches):
+        def __init__(self, images, labels, batch_size, key=None):
+            keys.append(key)
+            super().__init__(images, labels, batch_size, key)
+
+    monkeypatch.setattr(rh, "Batches", Recorded)
+    rh.train_run(config(seed=7), tmp_path)
+    assert keys == [None, (7, 0), (7, 1)]
 
 
 # ------------------------------------------------------------------------------- backends and devices

@@ -90,6 +90,7 @@ def main(folder, changes, options):
     config = rh.make_config(**{**SMALL, **changes})
     if "weights" in options:
         print(json.dumps(losses(rh, options["weights"])), flush=True)
+    print("begins", flush=True)
     rh.train_run(config, folder)
 
 
