@@ -43,7 +43,7 @@ import seaborn as sns
 
 PROFILES = {
     "full": {"train_images": 16_283, "val_images": 6_979, "epochs": 15},
-    "quick": {"train_images": 2_048, "val_images": 1_024, "epochs": 3},
+    "quick": {"train_images": 1_536, "val_images": 1_024, "epochs": 4, "batch_size": 32},
     "test": {"train_images": 96, "val_images": 48, "epochs": 2},
 }
 
@@ -135,8 +135,8 @@ def prepare_dataset(profile=None):
         if get_profile(profile) == "full":
             raise RuntimeError(
                 f"Downloading or preparing cats_vs_dogs in {where} broke off ({error!r}). Run again with a "
-                "network, set TFDS_DATA_DIR to a folder that has the data set, or RESNET_PROFILE=quick, which "
-                "can use other data.") from error
+                "network, set TFDS_DATA_DIR to a folder that has the data set, or RESNET_PROFILE=quick, "
+                "which can use other data.") from error
         print(f"!!! NO CATS, NO DOGS: cats_vs_dogs cannot be downloaded or prepared ({error!r}).\n"
               f"!!! This run uses scikit-learn's handwritten digits instead ({DIGITS}, 10 classes).")
     if not _prepared(DIGITS):  # store them once as a TFDS data set: 1,797 images of 8x8 pixels
@@ -145,8 +145,8 @@ def prepare_dataset(profile=None):
         digits = load_digits()
         images = np.repeat((digits.images * 255 / 16).astype("uint8")[..., None], 3, axis=-1)
         examples = [(i, {"image": image, "label": digits.target[i]}) for i, image in enumerate(images)]
-        features = tfds.features.FeaturesDict({
-            "image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(num_classes=10)})
+        image, label = tfds.features.Image(shape=(8, 8, 3)), tfds.features.ClassLabel(num_classes=10)
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
         tfds.dataset_builders.store_as_tfds_dataset(
             DIGITS, "1.0.0", features, {"train": examples}, data_dir=where)
     return DIGITS
@@ -219,9 +219,8 @@ class Batches(keras.utils.PyDataset):
         super().__init__(workers=2)  # without workers, tf.data's autotuning holds up each epoch
         _require(0 < len(images) == len(labels), "labels for all images", f"{len(labels)} for {len(images)}")
         self.images, self.labels, self.batch_size, self.key = images, labels, batch_size, seed_and_epoch
-        self.order = np.arange(len(images))
-        if self.key:
-            self.order = np.random.default_rng(self.key).permutation(len(images))
+        rows = np.arange(len(images))
+        self.order = np.random.default_rng(self.key).permutation(rows) if self.key else rows
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
@@ -448,10 +447,10 @@ def build_from_config(config, num_classes):
     if config["shortcut"] != "none":
         options["shortcut"] = config["shortcut"]
     model = create_model(config["model"], (config["image_size"],) * 2 + (3,), num_classes, **options)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    optimizer = OPTIMIZERS[config["optimizer"]](learning_rate(config))
     slow = keras.backend.backend() == "tensorflow" and _device().startswith("CPU")  # XLA is, there
-    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False if slow else "auto")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(OPTIMIZERS[config["optimizer"]](learning_rate(config)), loss, metrics=["accuracy"],
+                  jit_compile=False if slow else "auto")
     return model
 
 
@@ -504,8 +503,8 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
 
 
 def _refuse_another(path, wanted, found):
-    differ = [f"{key}: {found.get(key)!r}, wanted {wanted[key]!r}"
-              for key in wanted if found.get(key) != wanted[key]]
+    differ = [f"{key}: {found.get(key)!r}, wanted {value!r}" for key, value in wanted.items()
+              if found.get(key) != value]
     if differ:
         raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). It stays as it is: move it "
                          "away, or choose another folder.")
@@ -596,8 +595,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
             write_atomically(lease, pathlib.Path.touch)
             stack.callback(lease.unlink, missing_ok=True)
             options = {"folder": str(path.parent), "keep_weights": keep_weights, "verbose": False}
-            command = [sys.executable, os.path.abspath(__file__)]
-            command += [json.dumps(config), json.dumps(options), str(lease)]
+            command = [sys.executable, os.path.abspath(__file__), *map(json.dumps, [config, options]), lease]
             # nothing but the standard library, so that any worker can run it
             jobs[path] = executor.submit(subprocess.run, command, capture_output=True, text=True)
             stack.callback(jobs[path].cancel)
@@ -692,13 +690,11 @@ def ablation_table(runs, metric="val_accuracy", rates=None):
     last, rows = runs.groupby("file").tail(1), {}
     last = last.assign(score=last[metric].where(last.status != "diverged"))
     arms = {arm: part.set_index("seed").score for arm, part in last.groupby(NETWORK)}
-    for model, shortcut, zero_gamma in sorted(arms, key=lambda arm: (MODELS[arm[0]], arm)):
-        twin = f"plain{MODELS[model]}"
-        if model == twin:
-            continue
-        _require((twin, "none", False) in arms, f"runs of {twin} beside {model}", [arm[0] for arm in arms])
-        pair = {"plain": arms[twin, "none", False], "residual": arms[model, shortcut, zero_gamma]}
-        pair = pd.concat(pair, axis=1, join="inner")  # the seeds that both have
+    for arm in sorted((arm for arm in arms if arm[1] != "none"), key=lambda arm: (MODELS[arm[0]], arm)):
+        model, shortcut, zero_gamma = arm
+        twin = (f"plain{MODELS[model]}", "none", False)
+        _require(twin in arms, f"runs of {twin[0]} beside {model}", [arm[0] for arm in arms])
+        pair = pd.concat({"plain": arms[twin], "residual": arms[arm]}, axis=1, join="inner")  # seeds of both
         pair["difference"] = pair.residual - pair.plain
         row = {**pair.mean(skipna=False), "seeds": len(pair)}
         if len(pair) > 1:
@@ -715,7 +711,7 @@ def ablation_table(runs, metric="val_accuracy", rates=None):
 # Hue is the kind, warm for plain and cool for residual; shade is the depth, in each of the two families.
 COLOURS = {f"{kind}{depth}": colour for kind, palette in (("plain", "YlOrRd"), ("resnet", "YlGnBu"))
            for family in (list(DEPTHS)[:5], list(DEPTHS)[5:])
-           for depth, colour in zip(family, sns.color_palette(palette, 6).as_hex()[1:])}
+           for depth, colour in zip(family, sns.color_palette(palette, 8).as_hex()[3:])}
 sns.set_theme(style="whitegrid", rc={
     "figure.dpi": 90, "savefig.dpi": 180, "savefig.facecolor": "white", "font.size": 11, "axes.labelsize": 11,
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False})
@@ -733,7 +729,7 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy, %")):
     long["metric"] = long.metric.str.removeprefix("val_").replace("accuracy", "accuracy, %")
     long.loc[long.metric != "loss", "value"] *= 100
     grid = sns.relplot(
-        long[long.metric.isin(metrics)], x="epoch", y="value", row="metric", col="layers", hue="network",
+        long, x="epoch", y="value", row="metric", row_order=metrics, col="layers", hue="network",
         style="part", palette={display_name(model): colour for model, colour in COLOURS.items()}, kind="line",
         errorbar=("pi", 100), marker="o", markersize=3, markeredgewidth=0, height=2.5, aspect=1.1,
         facet_kws={"sharey": "row", "margin_titles": True})
@@ -747,7 +743,7 @@ def plot_histories(runs, heading="", metrics=("loss", "accuracy, %")):
 
 
 if __name__ == "__main__":  # a configuration and options of train_run, both as JSON, and train_runs's lease
-    config, options, lease = (*sys.argv[1:], "{}", "")[:3]
+    config, options, lease = sys.argv[1:] + ["{}", ""][len(sys.argv) - 2 :]
 
     def end_with_parent():  # nothing trains on for nobody
         while os.path.exists(lease) and os.getppid() == PARENT:

@@ -146,8 +146,23 @@ def test_notebook_4_tells_the_committed_runs():
         say += [f"at {depth} layers {is_}" + (", ".join(told[:-1]) + " and " + told[-1])]
     gain = rates.loc[0.003] - one
     say += [f"gain {gain.plain34:.1f} and {gain.plain50:.1f} points, while ResNet-50 loses {-gain.resnet50:.1f}"]
+    yardstick = every[(every.variant == "-epochs_5-learning_rate_0.003") & (every.model == "resnet20")].iloc[-1]
+    say += [f"reaches {100 * yardstick.val_accuracy:.1f}% after {yardstick.epoch} epochs"]
+    assert 100 * yardstick.val_accuracy > table[["plain", "residual"]].max().max(), "the yardstick is not ahead"
+    sizes = [rh.create_model(name).count_params() for name in ("resnet34", "resnet20")]
+    assert f"{sizes[0] / sizes[1]:.0f} times fewer parameters" in text
     for words in say:
         assert words in text, words
+
+
+def test_notebook_3_tells_the_committed_runs():
+    cells = json.loads((ROOT / "notebooks" / "03_training.ipynb").read_text())["cells"]
+    takeaways = next("".join(cell["source"]) for cell in cells if "Key takeaways" in "".join(cell["source"]))
+    runs = committed_runs()
+    end = runs[(runs.epoch == runs.epochs) & (runs.seed == 0)].set_index("model").loss
+    assert (f"ResNet-34 falls to {end.resnet34:.3f}, of ResNet-50 to {end.resnet50:.3f} and of plain-34 to "
+            f"{end.plain34:.3f}: all three learn. plain-50 ends at {end.plain50:.3f}, hardly below guessing "
+            f"({np.log(2):.3f})") in takeaways
 
 
 def test_readme_csv_and_histories_agree():

@@ -349,6 +349,16 @@ def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeyp
     assert again.equals(table)
 
 
+def test_a_run_is_a_command(tmp_path):
+    """With a configuration and options, and with a configuration alone."""
+    command = [sys.executable, str(ROOT / "resnet_helpers.py"), json.dumps(tiny(epochs=1))]
+    for arguments, env in (([json.dumps({"folder": str(tmp_path / "a"), "keep_weights": True})], {}),
+                           ([], {"RESNET_RESULTS": str(tmp_path / "b")})):
+        subprocess.run([*command, *arguments], env=os.environ | env, check=True)
+    a, b = sorted(tmp_path.rglob("*.json"))
+    assert outcome(rh.read_run(a)) == outcome(rh.read_run(b)) and a.with_suffix(".weights.h5").exists()
+
+
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     with pytest.raises(RuntimeError, match="resnet20-.*-seed0 ended with status 1. ValueError: Needed: train_images"):
         rh.train_runs([tiny(train_images=5000)], folder=tmp_path)
