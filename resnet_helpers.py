@@ -117,8 +117,8 @@ def _decoded(name, image_size):
 def prepare_dataset(profile=None):
     """Make sure that the data set is on this machine, and return its name.
 
-    Downloads cats_vs_dogs (787 MB) through TFDS unless `data_dir()` has it. Where that fails, profile "full"
-    raises a RuntimeError, and the others fall back to scikit-learn's handwritten digits.
+    Downloads cats_vs_dogs (787 MB) through TFDS unless `data_dir()` has it. Where it cannot be reached, every
+    profile but "full" falls back to scikit-learn's handwritten digits; else a RuntimeError says what to do.
     """
     name, where = "cats_vs_dogs", data_dir()
     if _decoded(name, 32):
@@ -132,12 +132,12 @@ def prepare_dataset(profile=None):
         tfds.builder(name, data_dir=where).download_and_prepare()
         return name
     except Exception as error:
-        if get_profile(profile) == "full":
+        if get_profile(profile) == "full" or not isinstance(error, requests.exceptions.RequestException):
             raise RuntimeError(
                 f"Downloading or preparing cats_vs_dogs in {where} broke off ({error!r}). Run again with a "
                 "network, set TFDS_DATA_DIR to a folder that has the data set, or RESNET_PROFILE=quick, "
                 "which can use other data.") from error
-        print(f"!!! NO CATS, NO DOGS: cats_vs_dogs cannot be downloaded or prepared ({error!r}).\n"
+        print(f"!!! NO CATS, NO DOGS: cats_vs_dogs cannot be downloaded ({error!r}).\n"
               f"!!! This run uses scikit-learn's handwritten digits instead ({DIGITS}, 10 classes).")
     if not _prepared(DIGITS):  # store them once as a TFDS data set: 1,797 images of 8x8 pixels
         from sklearn.datasets import load_digits
@@ -241,6 +241,7 @@ DEPTHS = {depth: {"units_per_block": units, "channels": [64, 128, 256, 512], "bo
                   "stem": "imagenet", "shortcut": "projection"} for depth, units in UNITS.items()}  # Table 1
 DEPTHS |= {6 * n + 2: {"units_per_block": [n, n, n], "channels": [16, 32, 64], "bottleneck": False,
                        "stem": "cifar", "shortcut": "zero_pad"} for n in (3, 5, 7, 9, 18)}  # section 4.2
+SMALLEST = {"imagenet": 32, "cifar": 8}  # the stems, and the smallest image that each leaves something of
 MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "resnet")}
 
 
@@ -297,6 +298,7 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
         if shortcut == "projection_all" or (shortcut == "projection" and branch.shape != x.shape):
             x = conv_bn(x, filters, 1, stride, f"{name}_0", seed)  # W_s x
         elif branch.shape != x.shape:
+            _require(filters >= x.shape[-1], "a projection where channels become fewer", shortcut)
             x = keras.ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])))
         branch = keras.layers.Add(name=f"{name}_add")([x, branch])  # F(x) + x
     return keras.layers.Activation("relu", name=f"{name}_out")(branch)
@@ -343,7 +345,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     """Build a whole network as in Table 1; it ends in logits, (batch, num_classes), not in probabilities.
 
     Args:
-        input_shape: (height, width, channels).
+        input_shape: (height, width, channels), at least 32 pixels each way (8 with the "cifar" stem).
         units_per_block, channels: One entry per stage, such as [3, 4, 6, 3] and [64, 128, 256, 512].
         num_classes: At least 2.
         bottleneck: Units of 1x1, 3x3 and 1x1 (four times the channels) instead of two 3x3 (paper, Figure 5).
@@ -351,8 +353,9 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
         stem: "imagenet" (7x7 stride 2 and max pool, Table 1) or "cifar" (3x3 stride 1, no pool, section 4.2).
         seed, options: See `build_resnet_block`.
     """
-    _require_one_of("stem", stem, ("imagenet", "cifar"))
-    _require(len(input_shape) == 3, "input_shape (height, width, channels)", tuple(input_shape))
+    least = SMALLEST[_require_one_of("stem", stem, SMALLEST)]
+    _require(len(input_shape) == 3 and min(input_shape[:2]) >= least,
+             f"input_shape (height, width, channels), at least {least} pixels each way", tuple(input_shape))
     _require(num_classes >= 2, "num_classes of at least 2", num_classes)
     _require(0 < len(units_per_block) == len(channels), "one entry per stage",
              f"units_per_block {list(units_per_block)}, channels {list(channels)}")

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import numpy as np
-from training_runs import ROOT, outcome, write_images
+from training_runs import ROOT, finish, outcome, write_images
 
 sys.path.insert(0, str(ROOT))
 import resnet_helpers as rh  # noqa: E402
@@ -31,9 +31,7 @@ def start(config, folder):
 
 
 def finished(config, folder):
-    process = start(config, folder)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    finish(start(config, folder))
     return outcome(rh.read_run(rh.run_path(config, folder)))
 
 

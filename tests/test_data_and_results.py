@@ -95,6 +95,24 @@ def test_an_empty_setting_means_the_default_and_home_is_expanded(monkeypatch):
     assert rh.data_dir() == rh.pathlib.Path.home() / "elsewhere"
 
 
+def test_a_failure_that_is_not_the_networks_stops_quick_too(tmp_path, monkeypatch):
+    """No digits in place of cats because the disk was full."""
+    import requests
+    import tensorflow_datasets as tfds
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    answer = requests.Response()
+    answer.status_code = 200
+    monkeypatch.setattr(requests, "head", lambda *args, **kwargs: answer)
+    monkeypatch.setattr(tfds, "builder", full)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match="broke off .*No space left on device"):
+        rh.prepare_dataset("quick")
+
+
 @pytest.mark.parametrize("status", [None, 403, 404])
 def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch, capsys, status):
     import requests
