@@ -1,5 +1,6 @@
 """The data (a tiny cats_vs_dogs in TFDS's own format) and what is saved, read back, compared and refused."""
 
+import hashlib
 import json
 
 import keras
@@ -46,7 +47,7 @@ def test_a_damaged_file_of_images_is_named(tiny_cats, damage):
     (path,) = (tiny_cats / "cache").glob("*.npz")
     path.write_bytes(damage(path.read_bytes()))
     rh.load_data.cache_clear()
-    with pytest.raises(ValueError, match="npz is damaged or not a file of load_data .*Remove it"):
+    with pytest.raises(ValueError, match="npz is damaged .*Move it away"):
         rh.load_data()
     path.unlink()
     assert (rh.load_data().train_images == expected).all()
@@ -65,18 +66,18 @@ def test_decoded_images_need_no_prepared_data_set(tiny_cats, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_cats / "none"))
     assert rh.prepare_dataset("full") == "cats_vs_dogs"
     assert (rh.load_data().train_images == expected).all()
-    with pytest.raises(FileNotFoundError, match="cats_vs_dogs is not prepared in"):
+    with pytest.raises(FileNotFoundError, match="cats_vs_dogs is not in .*prepare_dataset"):
         rh.load_data(image_size=64)
     (path,) = (tiny_cats / "cache").glob("*.npz")
     path.write_bytes(path.read_bytes()[:-1000])
     rh.load_data.cache_clear()
-    with pytest.raises(ValueError, match="npz is damaged or not a file of load_data"):  # nothing to decode it from
+    with pytest.raises(ValueError, match="npz is damaged"):  # nothing to decode it from
         rh.load_data()
 
 
 def test_no_images_is_an_error():
     for count in (0, 2):
-        with pytest.raises(ValueError, match=f"labels for all images. Received: 0 for {count}"):
+        with pytest.raises(ValueError, match=f"a label per image. Received: 0 for {count}"):
             rh.Batches(np.zeros((count, 32, 32, 3)), np.zeros(0))
 
 
@@ -84,8 +85,8 @@ def test_the_newest_version_is_a_number_and_not_a_word(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     for version in ("4.0.9", "4.0.10"):
         (tmp_path / "cats_vs_dogs" / version).mkdir(parents=True)
-        (tmp_path / "cats_vs_dogs" / version / "dataset_info.json").write_text("")
-    assert rh._prepared("cats_vs_dogs").parent.name == "4.0.10"
+        (tmp_path / "cats_vs_dogs" / version / "dataset_info.json").write_text(version)
+    assert hashlib.sha256(b"4.0.10").hexdigest()[:8] in rh._decoded("cats_vs_dogs", 32).name
 
 
 def test_an_empty_setting_means_the_default_and_home_is_expanded(monkeypatch):
@@ -109,7 +110,7 @@ def test_a_failure_that_is_not_the_networks_stops_quick_too(tmp_path, monkeypatc
     monkeypatch.setattr(tfds, "builder", full)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
-    with pytest.raises(RuntimeError, match="broke off .*No space left on device"):
+    with pytest.raises(RuntimeError, match="failed .*No space left on device"):
         rh.prepare_dataset("quick")
 
 
@@ -203,7 +204,7 @@ def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
     zero_pad = made_run("resnet34", last=0.8, shortcut="zero_pad")
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), zero_pad)
     table = rh.ablation_table(runs)
-    assert list(table.index) == ["34 layers", "34 layers (zero_pad)"]
+    assert list(table.index) == ["34 layers", "34 layers, zero_pad"]
     np.testing.assert_allclose(table.difference, [0.1, 0.2])
 
 
@@ -264,7 +265,7 @@ def test_each_network_at_its_own_rate(tmp_path):
 
 def test_zero_gamma_is_a_third_arm(tmp_path):
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), made_run("resnet34", last=0.8, zero_gamma=True))
-    assert list(rh.ablation_table(runs).index) == ["34 layers", "34 layers (zero gamma)"]
+    assert list(rh.ablation_table(runs).index) == ["34 layers", "34 layers, zero gamma"]
 
 
 def test_every_change_names_its_file():
@@ -286,7 +287,7 @@ def test_no_runs_and_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="No runs in"):
         rh.read_runs(tmp_path)
     (tmp_path / "foreign.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="foreign.json is damaged or not a run's file"):
+    with pytest.raises(ValueError, match="foreign.json is damaged or another file"):
         rh.read_runs(tmp_path)
     assert (tmp_path / "foreign.json").read_text() == '{"a": 1}'
 
@@ -295,7 +296,7 @@ def test_figures_are_opaque_white_png(tmp_path):
     import matplotlib.pyplot as plt
 
     runs = save(tmp_path, *(made_run(model, seed) for model in ACCURACY for seed in (0, 1)))
-    for figure in (rh.plot_histories(runs, "Finding"), rh.plot_histories(runs, metrics=["loss"])):
+    for figure in (rh.plot_histories(runs, "Finding"), rh.plot_histories(runs)):
         figure.savefig(tmp_path / "figure.png")
         corner = plt.imread(tmp_path / "figure.png")[0, 0]
         assert (corner == 1).all()

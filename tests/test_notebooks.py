@@ -95,8 +95,14 @@ def test_notebooks_run_end_to_end(tiny_cats, tmp_path, monkeypatch):
             assert not [text for output, text in outputs(cell) if output.get("name") == "stderr"], path.name
 
 
-def committed_runs():
+def every_run():
+    """All committed runs; `variant` is what their files' names have between network and seed, as in notebook 4."""
     runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    return runs.assign(variant=runs.file.str.extract(r"^[a-z]+\d+(.*)-seed", expand=False))
+
+
+def committed_runs():
+    runs = every_run()
     return runs[runs.variant == ""]
 
 
@@ -112,7 +118,7 @@ def test_notebook_4_tells_the_committed_runs():
     """Every number in its conclusions, computed from the result files."""
     cells = json.loads((ROOT / "notebooks" / "04_ablation.ipynb").read_text())["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    every, runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs"), committed_runs()
+    every, runs = every_run(), committed_runs()
     table, training = 100 * rh.ablation_table(runs), 100 * rh.ablation_table(runs, "accuracy")
     say = [f"committed runs there are {runs.seed.nunique()} seeds"]
     for depth, row in table.iterrows():

@@ -377,7 +377,7 @@ def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypat
     path, acquire = rh.run_path(config, tmp_path), filelock.FileLock.acquire
     with start_runs(tmp_path, config) as parent:
         assert "epoch 1/500" in next((line for line in parent.stdout if "epoch" in line), "")
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="is being trained by another process"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Another process trains"):
             patch.setattr(filelock.FileLock, "acquire", lambda lock: acquire(lock, timeout=0.2))
             rh.train_run(config, tmp_path)
         parent.kill()
@@ -407,7 +407,7 @@ def test_a_run_that_is_killed_is_not_blamed_on_what_it_said_before(tmp_path):
 
     with Killed(1) as pool, pytest.raises(RuntimeError, match="ended with status -9. Was it killed, or out of memory"):
         rh.train_runs([tiny()], pool, folder=tmp_path)
-    with pytest.raises(ValueError, match="at least 1 run"):
+    with pytest.raises(ValueError, match="at least 1 configuration"):
         rh.train_runs([])
 
 
