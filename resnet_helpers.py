@@ -48,7 +48,6 @@ PROFILES = {
 
 
 def _folder(variable, default):
-    """The folder that an environment variable names, else `default`."""
     return pathlib.Path(os.environ.get(variable) or default).expanduser().absolute()
 
 
@@ -80,7 +79,7 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise type(error)(f"Cannot write {path} ({error.strerror or error}). What was saved before is safe. "
+        raise type(error)(f"Cannot write {path} ({error}). What was saved before is safe. "
                           "Make room, or set RESNET_RESULTS or RESNET_DATA to another folder.") from error
     finally:
         with contextlib.suppress(OSError):
@@ -281,13 +280,12 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
         is_plain: Leave the shortcut out and change nothing else: y = relu(F(x)).
         shortcut: Where the shape changes, "zero_pad" (option A of section 4.1) or "projection" (B);
             "projection_all" projects in every unit (C).
-        stride_in: Where a bottleneck strides, which the paper leaves open: in the first "1x1" (the authors'
-            released networks) or the "3x3" ("v1.5").
+        stride_in: Where a bottleneck strides, which the paper leaves open: in its first "1x1", as in the
+            authors' released networks, or in its "3x3" ("v1.5").
         zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
         seed: Makes the initial weights reproducible, layer by layer.
     """
-    _require(0 < len(kernel_sizes) == len(channel_sizes), "kernel size and channels of each convolution",
-             (kernel_sizes, channel_sizes))
+    _require(0 < len(kernel_sizes) == len(channel_sizes), "equal lengths > 0", (kernel_sizes, channel_sizes))
     _require(not (is_plain and zero_gamma), "shortcuts, for zero_gamma", "is_plain=True")
     _require_one_of("shortcut", shortcut, SHORTCUTS)
     _require_one_of("stride_in", stride_in, ("1x1", "3x3"))
@@ -313,11 +311,8 @@ def build_resnet_block(
         input_layer, block_num, num_units, kernel_sizes, channel_sizes, *, stride=None, **options):
     """Build one stage of the paper's Table 1: `block_num` 2 is conv2_x, ..., 5 is conv5_x.
 
-    Args:
-        input_layer, kernel_sizes, channel_sizes: As in `build_unit`.
-        block_num, num_units: The stage's number, which names its layers, and how many units it has.
-        stride: Of the first unit, by which height and width shrink; by default 1 in conv2_x, else 2.
-        options: `is_plain`, `shortcut`, `stride_in`, `zero_gamma` and `seed`, as in `build_unit`.
+    `stride`, by which the first unit divides height and width, is 1 in conv2_x and else 2 by default.
+    `options` (is_plain, shortcut, stride_in, zero_gamma, seed) and the rest are those of `build_unit`.
     """
     _require(num_units > 0, "num_units of at least 1", num_units)
     stride, x = stride or (1 if block_num == 2 else 2), input_layer
@@ -342,8 +337,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     _require(len(input_shape) == 3 and min(input_shape[:2]) >= least,
              f"input_shape (height, width, channels), at least {least} pixels each way", tuple(input_shape))
     _require(num_classes >= 2, "num_classes of at least 2", num_classes)
-    _require(0 < len(units_per_block) == len(channels), "units and channels of each stage",
-             (units_per_block, channels))
+    _require(0 < len(units_per_block) == len(channels), "equal lengths > 0", (units_per_block, channels))
     image = keras.Input(input_shape, name="image")
     x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed)
     x = layers.Activation("relu", name="conv1_relu")(x)
@@ -384,12 +378,12 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
         "shortcut": "none" if is_plain else plan["shortcut"], "seed": seed, "profile": get_profile(profile)}
     if dataset == DIGITS:  # there are no more
         config |= {key: min(config[key], n) for key, n in (("train_images", 1_258), ("val_images", 539))}
-    allowed = {key: [config[key]] for key in ("schedule", "augmentation")}  # they say what is always done
+    allowed = {key: [config[key]] for key in ("schedule", "augmentation")}  # always the same
     allowed |= {"optimizer": OPTIMIZERS, "shortcut": ["none"] if is_plain else SHORTCUTS}
     for key, value in changes.items():
         _require_one_of("entry of a configuration", key, config)
         config[key] = _require_one_of(key, value, allowed.get(key, [value]))
-    return json.loads(json.dumps(config, default=lambda number: number.item()))  # NumPy's numbers to Python's
+    return json.loads(json.dumps(config, default=lambda number: number.item()))  # with Python's numbers
 
 
 def run_path(config, folder=None):
@@ -421,7 +415,7 @@ OPTIMIZERS = {"adam": Adam, "sgd": functools.partial(keras.optimizers.SGD, momen
 
 
 def learning_rate(config):
-    """The schedule: half an epoch linearly up to config["learning_rate"], then along a cosine down to 0."""
+    """The schedule: for half an epoch up to config["learning_rate"], then along a cosine down to 0."""
     epoch = math.ceil(config["train_images"] / config["batch_size"])  # in steps
     up = max(1, epoch // 2)
     return keras.optimizers.schedules.CosineDecay(
@@ -435,13 +429,12 @@ def build_from_config(config, num_classes):
     model = create_model(config["model"], (config["image_size"],) * 2 + (3,), num_classes, **options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     slow = keras.backend.backend() == "tensorflow" and _device().startswith("CPU")  # XLA is, there
-    model.compile(OPTIMIZERS[config["optimizer"]](learning_rate(config)), loss, metrics=["accuracy"],
-                  jit_compile=False if slow else "auto")
+    optimizer = OPTIMIZERS[config["optimizer"]](learning_rate(config))
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False if slow else "auto")
     return model
 
 
 def _device():
-    """Where Keras computes, such as "CPU x86_64" or "GPU x86_64"."""
     place = str(ops.zeros(()).device).upper()
     return ("CPU " if "CPU" in place else "GPU ") + platform.machine()
 
@@ -465,7 +458,6 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
     """
     path = run_path(config, folder)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock")
         try:
             with filelock.FileLock(lock, timeout=10):  # a process that ends may hold it a moment longer
@@ -473,8 +465,7 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
                     _train(config, path, keep_weights, verbose)
             lock.unlink(missing_ok=True)
         except filelock.Timeout:
-            raise RuntimeError(f"Another process trains {path.stem} and holds {lock}. Wait for it, stop it, "
-                               "or choose another folder.") from None
+            raise RuntimeError(f"Another process trains {path.stem} ({lock}). Wait, or stop it.") from None
     run = read_run(path)
     _refuse_another(path, config, run["config"])
     return run
@@ -484,8 +475,7 @@ def _refuse_another(path, wanted, found):
     differ = [f"{key}: {found.get(key)!r}, wanted {value!r}" for key, value in wanted.items()
               if found.get(key) != value]
     if differ:
-        raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). Move it away, or choose "
-                         "another folder.")
+        raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). Move it away.")
 
 
 def _train(config, path, keep_weights, verbose):
@@ -555,7 +545,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
     finished epochs are kept. `executor` is any `concurrent.futures.Executor`, such as ThreadPoolExecutor(2)
     for two runs side by side, or a cluster's; by default one run follows the other.
     """
-    _require(len(configs) > 0, "at least 1 configuration", "none")
+    _require(configs, "at least 1 configuration", configs)
     paths = {run_path(config, folder): config for config in configs}
     tables, jobs, shown = {path: _table_so_far(path, pd.DataFrame()) for path in paths}, {}, None
     lease = next(iter(paths)).with_name(f".{os.urandom(4).hex()}.lease")  # without it, its processes end
@@ -631,7 +621,7 @@ def read_runs(folder):
     """Read a folder's runs: a DataFrame with a row per epoch, its history beside its configuration."""
     tables = [_run_table(read_run(path), path) for path in sorted(pathlib.Path(folder).glob("*.json"))]
     if not tables:
-        raise FileNotFoundError(f"No runs in {folder}. Train them first (notebook 3).")
+        raise FileNotFoundError(f"No runs in {folder}. Notebook 3 trains them.")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -675,7 +665,7 @@ def ablation_table(runs, metric="val_accuracy", rates=None):
 
 # ---- plots ----
 
-# Hue is the kind, warm for plain and cool for residual; shade is the depth within a family.
+# Hue is the kind, warm for plain and cool for residual; shade is the depth.
 COLOURS = {f"{kind}{depth}": colour for kind, palette in (("plain", "YlOrRd"), ("resnet", "YlGnBu"))
            for family in (list(DEPTHS)[:5], list(DEPTHS)[5:])
            for depth, colour in zip(family, sns.color_palette(palette, 8).as_hex()[3:])}
@@ -684,7 +674,7 @@ sns.set_theme(style="whitegrid", font_scale=11 / 12, rc={
     "axes.spines.top": False, "axes.spines.right": False})
 
 
-def plot_histories(runs, heading=""):
+def plot_histories(runs):
     """Draw losses and accuracies against epochs, a column per depth, a colour per network.
 
     Training is solid, validation dashed; with several seeds a line is their mean and a band their range.
@@ -704,8 +694,6 @@ def plot_histories(runs, heading=""):
     for metric, axis in zip(grid.row_names, grid.axes[:, 0]):
         axis.set_ylabel(metric)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    grid.figure.suptitle(heading, fontsize=12)
-    grid.figure.subplots_adjust(top=0.83 if heading else 0.92)
     return grid.figure
 
 

@@ -346,10 +346,10 @@ def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **option
     (lambda: rh.create_model("plain18", zero_gamma=True), "is_plain=True", "shortcuts, for zero_gamma"),
     (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
     (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2),
-     "([2, 2], [64])", "units and channels of each stage"),
+     "([2, 2], [64])", "equal lengths > 0"),
     (lambda: small_block((3, 3), (4,)),
-     "((3, 3), (4,))", "kernel size and channels of each convolution"),
-    (lambda: small_block((), ()), "((), ())", "kernel size and channels of each convolution"),
+     "((3, 3), (4,))", "equal lengths > 0"),
+    (lambda: small_block((), ()), "((), ())", "equal lengths > 0"),
     (lambda: small_block(num_units=0), "0", "num_units of at least 1"),
     (lambda: small_block(shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
 ])
