@@ -81,7 +81,7 @@ $(KERNEL):
 
 test: .venv/installed-tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -rs
+	$(BIN)/python -m pytest -rs -n 2 --dist worksteal
 
 .venv/installed: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
