@@ -21,8 +21,8 @@ import threading
 import time
 import zlib
 
-PARENT = os.getppid()  # before the slow imports below, during which it may end
-# TensorFlow reads these when it is loaded: fast convolutions, few messages, GPU memory only as needed.
+PARENT = os.getppid()  # before the slow imports, during which it may end
+# Read when TensorFlow is loaded: fast convolutions, few messages, GPU memory only as needed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
@@ -119,7 +119,7 @@ def _decoded(name, image_size):
 
 
 def prepare_dataset(profile=None):
-    """Make sure that the data set is on this machine, and return its name.
+    """Bring the data set to this machine, and return its name.
 
     Downloads cats_vs_dogs (787 MB) through TFDS unless it is there. Without a network, every profile but
     "full" falls back to scikit-learn's handwritten digits; other failures raise RuntimeError.
@@ -157,8 +157,8 @@ def prepare_dataset(profile=None):
 def load_data(name="cats_vs_dogs", image_size=32):
     """Return both splits (70% and 30%) as `Data`, resized.
 
-    Decodes once per machine, into the folder RESNET_DATA (default ~/.cache/resnet_helpers); after that,
-    neither the prepared data set nor TensorFlow is needed.
+    Decoded once per machine, into the folder RESNET_DATA (default ~/.cache/resnet_helpers), they need
+    neither the prepared data set nor TensorFlow.
     """
     path = _decoded(name, image_size)
     if path is None:
@@ -342,7 +342,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed)
     x = layers.Activation("relu", name="conv1_relu")(x)
     if stem == "imagenet":
-        x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # zeros are harmless after a ReLU
+        x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # harmless after a ReLU
         x = layers.MaxPooling2D(3, strides=2, name="pool1_pool")(x)
     for block_num, (num_units, width) in enumerate(zip(units_per_block, channels), start=2):
         unit = ((1, 3, 1), (width, width, 4 * width)) if bottleneck else ((3, 3), (width, width))
@@ -357,6 +357,15 @@ def create_model(name, input_shape=(32, 32, 3), num_classes=2, **options):
     """Build "resnet" or "plain" with a depth of Table 1 or section 4.2; `options` as in `build_resnet`."""
     plan = DEPTHS[MODELS[_require_one_of("model", name, MODELS)]] | {"is_plain": name.startswith("plain")}
     return build_resnet(input_shape, num_classes=num_classes, name=name, **plan | options)
+
+
+def load_trained(name):
+    """Return a network of section 4.2 with the trained weights that results/weights has of it."""
+    folder = pathlib.Path(__file__).resolve().parent / "results" / "weights"
+    known = sorted(path.name.split(".")[0] for path in folder.glob("*.weights.h5"))
+    model = create_model(_require_one_of("trained network", name, known))
+    model.load_weights(folder / f"{name}.weights.h5")
+    return model
 
 
 def display_name(model):
@@ -383,7 +392,7 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
     for key, value in changes.items():
         _require_one_of("entry of a configuration", key, config)
         config[key] = _require_one_of(key, value, allowed.get(key, [value]))
-    return json.loads(json.dumps(config, default=lambda number: number.item()))  # with Python's numbers
+    return json.loads(json.dumps(config, default=lambda number: number.item()))  # Python numbers
 
 
 def run_path(config, folder=None):
@@ -452,7 +461,7 @@ def environment(data):
 def train_run(config, folder=None, keep_weights=False, verbose=True):
     """Train one network in this process, or load its run if that is there, and return the run as a dict.
 
-    Every finished epoch is saved: a run that was cut off goes on from there and ends in the same history.
+    Every finished epoch is saved: a run that was cut off goes on from there, to the same history.
     `keep_weights` also saves the final weights, as <name>.weights.h5. Raises ValueError where files of this
     name belong to another run, RuntimeError where another process trains it.
     """
@@ -460,7 +469,7 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
     if not path.exists():
         lock = path.with_suffix(".lock")
         try:
-            with filelock.FileLock(lock, timeout=10):  # a process that ends may hold it a moment longer
+            with filelock.FileLock(lock, timeout=10):  # an ending process may hold it a moment longer
                 if not path.exists():
                     _train(config, path, keep_weights, verbose)
             lock.unlink(missing_ok=True)
@@ -541,9 +550,9 @@ def _epoch_line(table, i=-1):
 def train_runs(configs, executor=None, folder=None, keep_weights=False):
     """Train each run in a process of its own, or load it if it is there; return all as `read_runs` does.
 
-    Prints a line per finished epoch; in Jupyter a figure grows. When this call ends, so do its processes;
-    finished epochs are kept. `executor` is any `concurrent.futures.Executor`, such as ThreadPoolExecutor(2)
-    for two runs side by side, or a cluster's; by default one run follows the other.
+    Prints a line per epoch; in Jupyter a figure grows. When this call ends, so do its processes; finished
+    epochs are kept. `executor` is any `concurrent.futures.Executor`, such as ThreadPoolExecutor(2) for two
+    runs side by side, or a cluster's; by default one run follows the other.
     """
     _require(configs, "at least 1 configuration", configs)
     paths = {run_path(config, folder): config for config in configs}
@@ -559,7 +568,6 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
             stack.callback(lease.unlink, missing_ok=True)
             options = {"folder": str(path.parent), "keep_weights": keep_weights, "verbose": False}
             command = [sys.executable, os.path.abspath(__file__), *map(json.dumps, [config, options]), lease]
-            # only the standard library, so that any worker can run it
             jobs[path] = executor.submit(subprocess.run, command, capture_output=True, text=True)
             stack.callback(jobs[path].cancel)
         unfinished = set(jobs)
@@ -635,9 +643,9 @@ def _run_table(run, path):
 def ablation_table(runs, metric="val_accuracy", rates=None):
     """Plain against residual after equal epochs: a row per depth (and kind of shortcut), means over seeds.
 
-    `rates`, a learning rate per model, picks each network's runs at its own rate. Columns: plain, residual,
-    difference, seeds (of both); with several seeds standard deviations and the half width of the difference's
-    95% confidence interval, paired by seed. NaN: a run diverged. Raises ValueError if other settings differ.
+    `rates`, a learning rate per model, picks each network's own runs. Columns: plain, residual, difference,
+    seeds (of both); with several also standard deviations and the half width of the difference's 95%
+    confidence interval, paired by seed. NaN: a run diverged. Raises ValueError if other settings differ.
     """
     if rates is not None:
         runs = runs[runs.learning_rate == runs.model.map(rates)].assign(learning_rate="own")
