@@ -181,6 +181,16 @@ def test_readme_csv_and_histories_agree():
     assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
 
 
+def test_readme_tells_the_networks_of_section_4_2():
+    runs = every_run()
+    runs = runs[(runs.variant == "-learning_rate_0.003") & runs.model.isin(["plain20", "resnet20", "plain56", "resnet56"])]
+    table, readme = rh.ablation_table(runs), (ROOT / "README.md").read_text()
+    assert set(table.seeds) == {1} and "so far with one seed" in readme, "README tells of one seed"
+    (low, shallow), (high, deep) = (100 * table).iterrows()
+    assert f"{shallow.plain:.1f} and {shallow.residual:.1f}% without and with shortcuts at {low}, " in readme
+    assert f"{deep.plain:.1f} and {deep.residual:.1f}% at {high}" in readme
+
+
 def test_readme_tells_the_checks():
     every = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
     readme, last = (ROOT / "README.md").read_text(), every[(every.epoch == every.epochs) & (every.seed == 0)]
