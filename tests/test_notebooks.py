@@ -183,7 +183,8 @@ def test_readme_csv_and_histories_agree():
 
 def test_readme_tells_the_networks_of_section_4_2():
     runs = every_run()
-    runs = runs[(runs.variant == "-learning_rate_0.003") & runs.model.isin(["plain20", "resnet20", "plain56", "resnet56"])]
+    networks = ["plain20", "resnet20", "plain56", "resnet56"]
+    runs = runs[(runs.variant == "-learning_rate_0.003") & runs.model.isin(networks)]
     table, readme = rh.ablation_table(runs), (ROOT / "README.md").read_text()
     assert set(table.seeds) == {1} and "so far with one seed" in readme, "README tells of one seed"
     (low, shallow), (high, deep) = (100 * table).iterrows()
