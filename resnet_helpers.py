@@ -22,7 +22,7 @@ import time
 import zlib
 
 PARENT = os.getppid()  # before the slow imports, during which it may end
-# Read when TensorFlow is loaded: fast convolutions, few messages, GPU memory only as needed.
+# Read when TensorFlow is loaded: fast convolutions, few messages, GPU memory as needed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
@@ -80,7 +80,7 @@ def write_atomically(path, write):
         os.replace(partial, path)
     except OSError as error:
         raise type(error)(f"Cannot write {path} ({error}). What was saved before is safe. "
-                          "Make room, or set RESNET_RESULTS or RESNET_DATA to another folder.") from error
+                          "Make room, or set RESNET_RESULTS or RESNET_DATA.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()  # it is there only if something went wrong
@@ -140,7 +140,7 @@ def prepare_dataset(profile=None):
             raise RuntimeError(f"Preparing {name} in {where} failed ({error!r}). Try again with a network, "
                                "set TFDS_DATA_DIR to a folder with it, or RESNET_PROFILE=quick.") from error
         print(f"!!! NO CATS, NO DOGS: no download ({error!r}). Handwritten digits ({DIGITS}) instead.")
-    if not _decoded(DIGITS, 32):  # 1,797 images of 8x8 pixels, stored once as a TFDS data set
+    if not _decoded(DIGITS, 32):  # 1,797 images of 8x8 pixels
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -377,7 +377,7 @@ def display_name(model):
 
 
 def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
-    """Return a run's configuration, a dict of all that decides it; `changes` override single entries."""
+    """Return a run's configuration, a dict of all that decides it; `changes` override entries."""
     plan, is_plain = DEPTHS[MODELS[_require_one_of("model", model, MODELS)]], model.startswith("plain")
     config = {
         "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64,
@@ -440,6 +440,8 @@ def build_from_config(config, num_classes):
     slow = keras.backend.backend() == "tensorflow" and _device().startswith("CPU")  # XLA is, there
     optimizer = OPTIMIZERS[config["optimizer"]](learning_rate(config))
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False if slow else "auto")
+    # Metrics made in the first step would have TensorFlow trace it twice.
+    model.compute_metrics(None, np.zeros(1), np.zeros((1, num_classes)))
     return model
 
 
@@ -469,7 +471,7 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
     if not path.exists():
         lock = path.with_suffix(".lock")
         try:
-            with filelock.FileLock(lock, timeout=10):  # an ending process may hold it a moment longer
+            with filelock.FileLock(lock, timeout=10):  # an ending process may still hold it
                 if not path.exists():
                     _train(config, path, keep_weights, verbose)
             lock.unlink(missing_ok=True)
@@ -488,7 +490,7 @@ def _refuse_another(path, wanted, found):
 
 
 def _train(config, path, keep_weights, verbose):
-    for left in path.parent.glob(f".*.{path.stem}.*"):  # by a kill in the middle of writing
+    for left in path.parent.glob(f".*.{path.stem}.*"):  # by a kill while writing
         left.unlink()
     if config["dataset"] != DIGITS:
         prepare_dataset("full")
@@ -512,7 +514,7 @@ def _train(config, path, keep_weights, verbose):
             values += [float(v) if math.isfinite(v) else None for v in logs[key]]  # JSON has no NaN
         if None in run["history"]["loss"] + run["history"]["val_loss"]:
             run["status"] = "diverged"
-        arrays = {str(i): ops.convert_to_numpy(variable) for i, variable in enumerate(state)}
+        arrays = {str(i): variable for i, variable in enumerate(state)}
         write_atomically(checkpoint, functools.partial(np.savez, run=json.dumps(run), **arrays))
         if verbose:
             print(_epoch_line(_run_table(run, path)), flush=True)
@@ -527,7 +529,7 @@ def _train(config, path, keep_weights, verbose):
 
 
 def _restore(path, run, state):
-    """Put network and optimiser back to the last finished epoch, and return the run so far."""
+    """Put network and optimiser back to the last finished epoch; return the run."""
     saved, *values = _read_arrays(path, ["run", *map(str, range(len(state)))])
     saved = json.loads(str(saved))
     before, now = saved["environment"], run["environment"]
@@ -552,7 +554,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
 
     Prints a line per epoch; in Jupyter a figure grows. When this call ends, so do its processes; finished
     epochs are kept. `executor` is any `concurrent.futures.Executor`, such as ThreadPoolExecutor(2) for two
-    runs side by side, or a cluster's; by default one run follows the other.
+    runs side by side, or a cluster's; by default runs follow one another.
     """
     _require(configs, "at least 1 configuration", configs)
     paths = {run_path(config, folder): config for config in configs}
@@ -611,7 +613,7 @@ def _table_so_far(path, known):
 # ---- results ----
 
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
-MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays as it is all through a run
+MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays all through a run
 NETWORK = ["model", "shortcut", "zero_gamma"]  # what an ablation varies
 
 
@@ -650,7 +652,7 @@ def ablation_table(runs, metric="val_accuracy", rates=None):
     if rates is not None:
         runs = runs[runs.learning_rate == runs.model.map(rates)].assign(learning_rate="own")
     for key in [*make_config("plain18"), *MACHINE]:
-        files = runs.groupby(key).file.unique().map(list)  # without those that are older than a checksum
+        files = runs.groupby(key).file.unique().map(list)  # without those older than a checksum
         if len(files) > 1 and key not in [*NETWORK, "seed"]:
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({files.to_dict()}).")
     last, rows = runs.groupby("file").tail(1), {}
@@ -705,7 +707,7 @@ def plot_histories(runs):
     return grid.figure
 
 
-if __name__ == "__main__":  # a configuration and options of train_run, both as JSON, and train_runs's lease
+if __name__ == "__main__":  # configuration and options of train_run as JSON, train_runs's lease
     config, options, lease = sys.argv[1:] + ["{}", ""][len(sys.argv) - 2 :]
 
     def end_with_parent():  # nothing trains on for nobody

@@ -1,4 +1,4 @@
-"""Training speed side by side: this project, stock Keras layers with and without oneDNN, and PyTorch.
+"""Training speed side by side: this project, stock Keras layers with and without oneDNN, PyTorch eager and compiled.
 
     python benchmarks/throughput.py [--rounds 15] [--batch 64] [--nets resnet34 resnet50]
 
@@ -29,6 +29,7 @@ CONTENDERS = {  # and the environment of each
     "stock Keras, oneDNN": {"TF_ENABLE_ONEDNN_OPTS": "1"},
     "stock Keras, no oneDNN": {"TF_ENABLE_ONEDNN_OPTS": "0"},
     "PyTorch, channels_last": {},
+    "PyTorch, torch.compile, fused Adam": {},
 }
 EPOCH_BATCHES = 128  # half an epoch of cats_vs_dogs
 
@@ -40,15 +41,17 @@ def example_batch(batch):
     return rng.random((batch, 32, 32, 3), dtype="float32"), rng.integers(0, 2, batch)
 
 
-def torch_steps(net, batch):
-    """A function that makes n training steps in PyTorch (eager, channels_last, Adam)."""
+def torch_steps(net, batch, compiled):
+    """A function that makes n training steps in PyTorch (channels_last, Adam)."""
     import torch
     from reference_torch import Net
 
     images, labels = example_batch(batch)
     model = Net(int(net[-2:]), 2, "none" if net.startswith("plain") else "projection").train()
     model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=compiled)
+    if compiled:
+        model = torch.compile(model)
     images = torch.tensor(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     labels = torch.tensor(labels)
 
@@ -127,7 +130,7 @@ def worker(contender, net, batch):
     """Build, warm up, then answer each line on standard input with seconds, as JSON lines."""
     start = time.perf_counter()
     if contender.startswith("PyTorch"):
-        steps, named = torch_steps(net, batch)
+        steps, named = torch_steps(net, batch, "compile" in contender)
     else:
         steps, named = keras_steps(net, batch, stock=contender.startswith("stock"))
     steps(3)

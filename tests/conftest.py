@@ -1,8 +1,11 @@
+import os
 import pathlib
 import sys
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    os.environ.setdefault("RESNET_THREADS", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import resnet_helpers as rh  # noqa: E402

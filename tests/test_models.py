@@ -79,10 +79,10 @@ def kernel_gradients(model, images, labels, names):
 # ------------------------------------------------------------------------------------- other implementations
 
 
-@pytest.mark.parametrize("depth", [50, 101, 152])
+@pytest.mark.parametrize("depth", [50, 152])
 def test_parity_with_keras_applications(depth):
     weights = None
-    for size, count in ((64, 4), (224, 2), *([(32, 4)] if depth == 50 else [])):
+    for size, count in ((64, 4), *([(32, 4), (224, 2)] if depth == 50 else [])):
         ours = rh.create_model(f"resnet{depth}", (size, size, 3), 10, seed=0)
         if weights:
             ours.set_weights(weights)
@@ -167,9 +167,10 @@ def test_parity_with_pytorch(name, size, options):
     (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (1, 2), (2, 1), (1, 5), (3, 2), (6, 3)], ids=str)
 def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
     rng, pad = np.random.default_rng(0), kernel_size // 2
-    inputs = tf.constant(rng.normal(size=(2, *shape, 3)), "float32")
-    layer = rh.Conv2D(4, kernel_size, strides=stride, padding="same", use_bias=False)
-    symbolic = layer(keras.Input((*shape, 3)))
+    # 8 channels: TensorFlow 2.21 on one thread writes past the gradient of a strided 1x1 convolution from 3 to 4.
+    inputs = tf.constant(rng.normal(size=(2, *shape, 8)), "float32")
+    layer = rh.Conv2D(8, kernel_size, strides=stride, padding="same", use_bias=False)
+    symbolic = layer(keras.Input((*shape, 8)))
     kernel = layer.kernel.value
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(inputs)
@@ -179,7 +180,7 @@ def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
         direction = tf.constant(rng.normal(size=expected.shape), "float32")
         losses = [tf.reduce_sum(result * direction) for result in (outputs, expected)]
     assert symbolic.shape[1:] == outputs.shape[1:]
-    active = rh.Conv2D(4, kernel_size, strides=stride, padding="same", use_bias=False, activation="relu")
+    active = rh.Conv2D(8, kernel_size, strides=stride, padding="same", use_bias=False, activation="relu")
     active.build(inputs.shape)
     active.kernel.assign(kernel)
     np.testing.assert_array_equal(active(inputs), tf.nn.relu(outputs))
@@ -312,11 +313,12 @@ def test_zero_padded_shortcut_subsamples_and_adds_empty_channels(name, before, u
     np.testing.assert_array_equal(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet20"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20"])
 def test_zero_gamma_starts_with_residual_branches_that_are_zero(name):
     usual, zero = (rh.create_model(name, seed=0, zero_gamma=option) for option in (False, True))
+    before = layer_weights(usual)
     changed = {layer for layer, arrays in layer_weights(zero).items()
-               if any((a != b).any() for a, b in zip(arrays, layer_weights(usual)[layer]))}
+               if any((a != b).any() for a, b in zip(arrays, before[layer]))}
     last = 3 if name == "resnet50" else 2
     assert changed == {layer.name.replace("out", f"{last}_bn") for layer in usual.layers if layer.name.endswith("_out")}
     branch = keras.Model(zero.input, [zero.get_layer(layer).output for layer in changed])
