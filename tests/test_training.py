@@ -342,9 +342,9 @@ def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeyp
         for epoch in (1, 2):
             assert f"[{number}/2] {name}, seed 0, epoch {epoch}/2: loss" in printed
     assert len(table) == 4 and not list((tmp_path / "processes").glob(".*"))
-    for one in configs:
-        assert rh.run_path(one, tmp_path / "processes").with_suffix(".weights.h5").exists()
-        assert outcome(rh.train_run(one, tmp_path / "here")) == outcome(rh.train_run(one, tmp_path / "processes"))
+    assert all(rh.run_path(one, tmp_path / "processes").with_suffix(".weights.h5").exists() for one in configs)
+    here, there = (rh.train_run(configs[0], tmp_path / folder) for folder in ("here", "processes"))
+    assert outcome(here) == outcome(there)
     again = rh.train_runs(configs, folder=tmp_path / "processes")
     assert capsys.readouterr().out.count("loaded, not trained again") == 2
     assert again.equals(table)
