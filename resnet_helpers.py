@@ -80,7 +80,7 @@ def write_atomically(path, write):
         os.replace(partial, path)
     except OSError as error:
         raise type(error)(f"Cannot write {path} ({error}). What was saved before is safe. "
-                          "Make room, or set RESNET_RESULTS or RESNET_DATA.") from error
+                          "Make room, or set RESNET_RESULTS or RESNET_DATA to another folder.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()  # it is there only if something went wrong
@@ -360,7 +360,7 @@ def create_model(name, input_shape=(32, 32, 3), num_classes=2, **options):
 
 
 def load_trained(name):
-    """Return a network of section 4.2 with the trained weights that results/weights has of it."""
+    """Return a network of section 4.2 with its trained weights from results/weights."""
     folder = pathlib.Path(__file__).resolve().parent / "results" / "weights"
     known = sorted(path.name.split(".")[0] for path in folder.glob("*.weights.h5"))
     model = create_model(_require_one_of("trained network", name, known))
@@ -613,7 +613,7 @@ def _table_so_far(path, known):
 # ---- results ----
 
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
-MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays all through a run
+MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays through a run
 NETWORK = ["model", "shortcut", "zero_gamma"]  # what an ablation varies
 
 
@@ -710,7 +710,7 @@ def plot_histories(runs):
 if __name__ == "__main__":  # configuration and options of train_run as JSON, train_runs's lease
     config, options, lease = sys.argv[1:] + ["{}", ""][len(sys.argv) - 2 :]
 
-    def end_with_parent():  # nothing trains on for nobody
+    def end_with_parent():  # nothing trains for nobody
         while os.path.exists(lease) and os.getppid() == PARENT:
             time.sleep(0.5)
         os._exit(1)

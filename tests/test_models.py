@@ -79,7 +79,7 @@ def kernel_gradients(model, images, labels, names):
 # ------------------------------------------------------------------------------------- other implementations
 
 
-@pytest.mark.parametrize("depth", [50, 152])
+@pytest.mark.parametrize("depth", [50, 101, 152])
 def test_parity_with_keras_applications(depth):
     weights = None
     for size, count in ((64, 4), *([(32, 4), (224, 2)] if depth == 50 else [])):
@@ -313,7 +313,7 @@ def test_zero_padded_shortcut_subsamples_and_adds_empty_channels(name, before, u
     np.testing.assert_array_equal(model(x), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20"])
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet20"])
 def test_zero_gamma_starts_with_residual_branches_that_are_zero(name):
     usual, zero = (rh.create_model(name, seed=0, zero_gamma=option) for option in (False, True))
     before = layer_weights(usual)
