@@ -46,8 +46,8 @@ run: .venv/installed $(KERNEL)
 		points = 100 * rh.pd.read_csv('results/ablation.csv', index_col=0).difference; \
 		print('The two networks of a row differ in their shortcuts alone; guessing scores about 50 (digits: 10).'); \
 		print('With one seed and 4 epochs that is no more than a first look: in the committed runs, three seeds of'); \
-		print('15 epochs, shortcuts are worth', ' and '.join(f'{points[row]:+.1f} points at {row}' \
-			for row in points.index[1:]) + '.\n'); \
+		print('15 epochs, each network at its own learning rate, shortcuts are worth', \
+			' and '.join(f'{points[row]:+.1f} points at {row}' for row in points.index[1:]) + '.\n'); \
 		print('Runs and figures:', folder)" $(ASIDE); \
 	echo "Executed notebooks: build/notebooks. Open them: $(BIN)/jupyter lab build/notebooks"; \
 	echo "The full results, three seeds of 15 epochs: README.md and notebooks/04_ablation.ipynb. To train them: make full"

@@ -119,65 +119,128 @@ def committed_runs():
     return runs[runs.variant == ""]
 
 
-def both_tables(runs):
+def gpu_runs():
+    """The runs of the two main tables, Table 1's networks at their own rates and section 4.2's; the rates; all runs."""
+    rates = pd.read_csv(ROOT / "results" / "rates.csv", index_col="model").own_rate
+    every = rh.read_runs(ROOT / "results" / "gpu")
+    usual = every[(every.epochs == 15) & ~every.zero_gamma & (every.seed > 0)]
+    return (usual[usual.learning_rate == usual.model.map(rates)], usual[~usual.model.isin(rates.index)], rates, every)
+
+
+def both_tables(runs, rates=None):
     """Validation beside training accuracy, as notebook 4 saves them: numbers (ablation.csv) and Markdown."""
-    table, training = rh.ablation_table(runs), rh.ablation_table(runs, "accuracy")
-    beside = format_percent(training)[["plain", "residual"]].add_prefix("training: ")
+    table, training = rh.ablation_table(runs, rates=rates), rh.ablation_table(runs, "accuracy", rates)
+    shown = format_percent(table).join(format_percent(training)[["plain", "residual"]].add_prefix("training: "))
+    if rates is not None:
+        shown["rates"] = [f"{rates[f'plain{depth}']:g}, {rates[f'resnet{depth}']:g}" for depth in (18, 34, 50)]
     return (table.join(training.drop(columns="seeds").add_prefix("training: ")),
-            format_percent(table).join(beside).to_markdown(disable_numparse=True))
+            shown.to_markdown(disable_numparse=True))
+
+
+def test_the_rates_follow_the_rule():
+    """predictions.md: the lowest training loss in the last epoch, seed 0; one further where the largest won."""
+    *_, every = gpu_runs()
+    own = pd.read_csv(ROOT / "results" / "rates.csv", index_col="model")
+    for model, row in own.iterrows():
+        runs = every[(every.model == model) & (every.seed == 0) & (every.epochs == 15) & ~every.zero_gamma]
+        losses = runs[runs.epoch == 15].set_index("learning_rate").loss
+        assert set(losses.index) >= {0.001, 0.003, 0.01} | ({0.0003} if model in ("plain34", "plain50") else set())
+        assert row.own_rate == losses.idxmin()
+        assert row.own_rate < max(losses.index) or row.own_rate > 0.01  # not the edge of what was tried
+        assert row.drop("own_rate").dropna().rename(float).to_dict() == pytest.approx(losses.to_dict(), rel=1e-3)
+
+
+def test_the_gpu_saw_the_same_images():
+    runs, committed = gpu_runs()[-1], every_run()
+    for key in ("images_crc32", "labels_crc32"):
+        assert set(runs[key]) == set(committed[key].dropna())
+    assert set(runs.device) == {"GPU x86_64"} and set(committed.device) == {"CPU x86_64"}
+    assert f"{runs.file.nunique()} runs" in (ROOT / "results" / "gpu" / "README.md").read_text()
+
+
+def markdown_of(name):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def test_notebook_4_tells_the_committed_runs():
     """Every number in its conclusions, computed from the result files."""
-    cells = json.loads((ROOT / "notebooks" / "04_ablation.ipynb").read_text())["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    every, runs = every_run(), committed_runs()
-    table, training = 100 * rh.ablation_table(runs), 100 * rh.ablation_table(runs, "accuracy")
-    say = [f"committed runs there are {runs.seed.nunique()} seeds"]
-    for depth, row in table.iterrows():
-        low, high = row.difference - row["95% half width"], row.difference + row["95% half width"]
-        verdict = "includes 0" if low < 0 < high else "leaves out 0"
-        say += [f"- **{depth}:** {row.residual:.1f}% with shortcuts against {row.plain:.1f}% without, "
-                if depth == "18 layers" else f"- **{depth}:** {row.residual:.1f}% against {row.plain:.1f}%, ",
-                f"{row.difference:+.1f} points, and {training.difference[depth]:+.1f} in training",
-                f"nterval from {low:+.1f} to {high:+.1f} {verdict}"]
-    (plain, plain_training), (residual, residual_training) = (
-        [part[kind].iloc[-1] - part[kind].iloc[0] for part in (table, training)] for kind in ("plain", "residual"))
-    say += [f"plain networks change by {plain:+.1f} points in validation and {plain_training:+.1f} in training, "
-            f"residual networks by {residual:+.1f} and {residual_training:+.1f}"]
-    end = runs[runs.epoch == runs.epochs]
-    say += [f"training loss ends at {end.loss[end.model == 'plain50'].mean():.3f}, and guessing has {np.log(2):.3f}"]
-    size = {name: stage_table(rh.create_model(name)).parameters["total"] for name in set(runs.model)}
-    say += [", ".join(f"{size[f'resnet{d}'] / size[f'plain{d}'] - 1:.1%} at {d} layers" for d in (18, 34, 50))]
+    text, say = markdown_of("04_ablation"), []
+    main, small, rates, gpu = gpu_runs()
+    tables = []
+    for runs, own in ((main, rates), (small, None)):
+        table, training = 100 * rh.ablation_table(runs, rates=own), 100 * rh.ablation_table(runs, "accuracy", own)
+        tables += [table]
+        for depth, row in table.iterrows():
+            low, high = row.difference - row["95% half width"], row.difference + row["95% half width"]
+            with_, without = (" with shortcuts", " without") if depth == table.index[0] else ("", "")
+            start, end = ("Undecided: the", "includes 0") if low < 0 < high else ("The", "leaves out 0")
+            say += [f"- **{depth}:** {row.residual:.1f}%{with_} against {row.plain:.1f}%{without}, "
+                    f"{row.difference:+.1f} points, and {training.difference[depth]:+.1f} in training. "
+                    f"{start} interval from {low:+.1f} to {high:+.1f} {end}"]
+        (plain, plain_training), (residual, residual_training) = (
+            [part[kind].iloc[-1] - part[kind].iloc[0] for part in (table, training)] for kind in ("plain", "residual"))
+        say += [f"plain networks change by {plain:+.1f} points in validation and {plain_training:+.1f} in training, "
+                f"residual networks by {residual:+.1f} and {residual_training:+.1f}"]
+    table, small_table = tables
+    say += [f"there are {main.seed.nunique()} seeds at own rates and {small.seed.nunique()} of section 4.2's networks",
+            f"plain accuracy falls by {-plain:.1f} points from 20 to 56 layers and residual accuracy "
+            f"by {-residual:.1f}",
+            f"the plain ones lose {-plain:.1f} points",
+            "{:.1f}, {:.1f} and {:.1f}%. Those of section 4.2 are not: {:.1f}, {:.1f} and {:.1f}%".format(
+                *table.residual, *small_table.residual)]
+    end = gpu[gpu.epoch == gpu.epochs]
+    hour = end[end.epochs == 60].set_index("model").val_accuracy * 100
+    slow = end[(end.model == "plain50") & (end.epochs == 45)].iloc[0]
+    loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
+    say += [f"ResNet-56 has {hour.resnet56:.1f}% and ResNet-20 {hour.resnet20:.1f}%",
+            f"training loss ends at {loss:.3f}, and guessing has {np.log(2):.3f}. With 45 epochs it reaches "
+            f"{slow.loss:.3f} and {100 * slow.val_accuracy:.1f}%"]
+    size = {name: rh.create_model(name).count_params() for name in [*rates.index, "resnet20", "resnet56", "plain56"]}
+    trained = {name: stage_table(rh.create_model(name)).parameters["total"] for name in rates.index}
+    say += [", ".join(f"{trained[f'resnet{d}'] / trained[f'plain{d}'] - 1:.1%} at {d} layers" for d in (18, 34, 50))]
+    say += [f"ResNet-20 has {size['resnet34'] / size['resnet20']:.0f} times fewer parameters than ResNet-34 and "
+            f"reaches {small_table.residual['20 layers']:.1f}%"]
+    assert small_table.residual["20 layers"] > table[["plain", "residual"]].max().max(), "the yardstick is not ahead"
+    assert size["resnet56"] == size["plain56"]  # "equal parameters"
 
-    last = every[(every.epoch == every.epochs) & (every.seed == 0)].copy()
-    padded = last[last.variant == "-shortcut_zero_pad"].set_index("model").val_accuracy * 100
-    rates = last[last.variant.str.fullmatch(r"(-learning_rate_[0-9.e-]+)?")]
-    rates = 100 * rates.pivot(index="learning_rate", columns="model", values="val_accuracy")
-    one = rates.loc[0.001]
+    tried = end[(end.seed == 0) & (end.epochs == 15) & ~end.zero_gamma]
+    tried = 100 * tried.pivot(index="learning_rate", columns="model", values="val_accuracy")
+    tried = tried.loc[[0.001, 0.003, 0.01]]
+    gaps = {depth: tried[f"resnet{depth}"] - tried[f"plain{depth}"] for depth in (18, 34, 50)}
+    say += ["{:+.1f} at 0.001, {:+.1f} at 0.003 and {:+.1f} at 0.01 with 18 layers, ".format(*gaps[18])
+            + "{:+.1f}, {:+.1f} and {:+.1f} with 34, ".format(*gaps[34])
+            + "and {:+.1f}, {:+.1f} and {:+.1f} with 50".format(*gaps[50])]
+    assert (gaps[34] > 0).all() and (gaps[50] > 0).all()  # "ahead at every rate"
+    drop = tried.loc[0.003] - tried.loc[0.01]
+    say += [f"plain-34 loses {drop.plain34:.1f} points from 0.003 to 0.01, and ResNet-34 {drop.resnet34:.1f}"]
+    losses = pd.read_csv(ROOT / "results" / "rates.csv", index_col="model").loc["resnet34"]
+    say += ["ResNet-34's are {:.3f}, {:.3f} and {:.3f} at 0.001, 0.003 and 0.01".format(
+        *losses[["0.001", "0.003", "0.01"]])]
+    common, every = 100 * rh.ablation_table(committed_runs()), every_run()
+    say += [f"at 34 layers is {common.difference['34 layers']:+.1f} at the common rate and "
+            f"{table.difference['34 layers']:+.1f} with each network at its own"]
+    assert round(common.difference["34 layers"] / table.difference["34 layers"]) == 5  # "five times as large"
+    say += [f"ResNet-50 gains {zero_gamma(gpu)['resnet50'].diff().iloc[-1]:.1f} points at 0.001"]
+    last = every[(every.epoch == every.epochs) & (every.seed == 0)].set_index("model")
+    padded = last[last.variant == "-shortcut_zero_pad"].val_accuracy * 100
+    one = last[last.variant == ""].val_accuracy * 100
     say += [f"{padded.resnet34:.1f} against {one.resnet34:.1f}% at 34 layers and {padded.resnet50:.1f} against "
             f"{one.resnet50:.1f}% at 50"]
-    for depth, tried in ((34, (0.0003, 0.001, 0.003)), (18, (0.001, 0.003, 0.01)), (50, (0.001, 0.003))):
-        gaps = (rates[f"resnet{depth}"] - rates[f"plain{depth}"]).dropna()
-        assert (gaps > 0).all() and set(gaps.index) == set(tried), "notebook 4 tells of other rates"
-        is_ = "is " if depth == 34 else ""
-        told = [f"{gaps[rate]:+.1f} at {rate}" for rate in tried]
-        say += [f"at {depth} layers {is_}" + (", ".join(told[:-1]) + " and " + told[-1])]
-    gain = rates.loc[0.003] - one
-    say += [f"gain {gain.plain34:.1f} and {gain.plain50:.1f} points, while ResNet-50 loses {-gain.resnet50:.1f}"]
-    yardstick = every[(every.variant == "-epochs_5-learning_rate_0.003") & (every.model == "resnet20")].iloc[-1]
-    say += [f"reaches {100 * yardstick.val_accuracy:.1f}% after {yardstick.epoch} epochs"]
-    assert 100 * yardstick.val_accuracy > table[["plain", "residual"]].max().max(), "the yardstick is not ahead"
-    sizes = [rh.create_model(name).count_params() for name in ("resnet34", "resnet20")]
-    assert f"{sizes[0] / sizes[1]:.0f} times fewer parameters" in text
     for words in say:
         assert words in text, words
 
 
+def zero_gamma(gpu):
+    """Mean validation accuracy of seeds 0 to 2 at 0.001, in percent: without (False) and with (True) zero gamma."""
+    runs = gpu[(gpu.learning_rate == 0.001) & gpu.seed.isin([0, 1, 2]) & (gpu.epoch == 15) & (gpu.epochs == 15)]
+    runs = runs[runs.model.isin(["resnet34", "resnet50"])]
+    assert (runs.groupby(["model", "zero_gamma"]).seed.nunique() == 3).all()
+    return 100 * runs.pivot_table(index="zero_gamma", columns="model", values="val_accuracy")
+
+
 def test_notebook_3_tells_the_committed_runs():
-    cells = json.loads((ROOT / "notebooks" / "03_training.ipynb").read_text())["cells"]
-    takeaways = next("".join(cell["source"]) for cell in cells if "Key takeaways" in "".join(cell["source"]))
-    runs = committed_runs()
+    takeaways, runs = markdown_of("03_training"), committed_runs()
     end = runs[(runs.epoch == runs.epochs) & (runs.seed == 0)].set_index("model").loss
     assert (f"ResNet-34 falls to {end.resnet34:.3f}, of ResNet-50 to {end.resnet50:.3f} and of plain-34 to "
             f"{end.plain34:.3f}: all three learn. plain-50 ends at {end.plain50:.3f}, hardly below guessing "
@@ -185,41 +248,40 @@ def test_notebook_3_tells_the_committed_runs():
 
 
 def test_readme_csv_and_histories_agree():
-    table, markdown = both_tables(committed_runs())
+    main, small, rates, _ = gpu_runs()
+    table, markdown = both_tables(main, rates)
     saved = pd.read_csv(ROOT / "results" / "ablation.csv", index_col=0)
     pd.testing.assert_frame_equal(saved, table, check_dtype=False)
-    (shown,) = TABLE.findall((ROOT / "README.md").read_text())
-    opening = (ROOT / "README.md").read_text().split("![")[0]
-    assert all(f"{100 * difference:+.1f} " in opening for difference in table.difference), "the prose has old numbers"
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = TABLE.findall(readme)
     assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
-
-
-def test_readme_tells_the_networks_of_section_4_2():
-    runs = every_run()
-    networks = ["plain20", "resnet20", "plain56", "resnet56"]
-    runs = runs[(runs.variant == "-learning_rate_0.003") & runs.model.isin(networks)]
-    table, readme = rh.ablation_table(runs), (ROOT / "README.md").read_text()
-    assert set(table.seeds) == {1} and "so far with one seed" in readme, "README tells of one seed"
-    (low, shallow), (high, deep) = (100 * table).iterrows()
-    assert f"{shallow.plain:.1f} and {shallow.residual:.1f}% without and with shortcuts at {low}, " in readme
-    assert f"{deep.plain:.1f} and {deep.residual:.1f}% at {high}" in readme
+    numbers, markdown = both_tables(small)
+    (shown,) = re.findall(r"<!-- section 4.2 -->\n+(.*?)\n+<!-- /section 4.2 -->", readme, re.S)
+    assert shown == markdown == (ROOT / "results" / "section_4_2.md").read_text().strip()
+    plain, residual = (100 * (numbers[kind].iloc[0] - numbers[kind].iloc[-1]) for kind in ("plain", "residual"))
+    assert f"costs {plain:.1f} points of validation accuracy without shortcuts and {residual:.1f} with them" in readme
 
 
 def test_readme_tells_the_checks():
-    every = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
-    readme, last = (ROOT / "README.md").read_text(), every[(every.epoch == every.epochs) & (every.seed == 0)]
-    accuracy = 100 * last.set_index(["model", "shortcut", "learning_rate"]).val_accuracy
-    for rate in (0.0003, 0.001, 0.003):
-        gap = accuracy["resnet34", "projection", rate] - accuracy["plain34", "none", rate]
-        assert f"{gap:+.1f} at {rate}" in readme
-    for rate in (0.001, 0.003):
-        gap = accuracy["resnet50", "projection", rate] - accuracy["plain50", "none", rate]
-        assert f"{gap:+.1f} at {rate}" in readme
-    assert f"({accuracy['plain50', 'none', 0.003]:.1f}%)" in readme
-    assert f"({accuracy['resnet50', 'projection', 0.003]:.1f}%)" in readme
-    for depth in (34, 50):  # "no smaller" without parameters
-        assert accuracy[f"resnet{depth}", "zero_pad", 0.001] >= accuracy[f"resnet{depth}", "projection", 0.001]
-        assert f"{accuracy[f'resnet{depth}', 'zero_pad', 0.001]:.1f}%" in readme
+    readme = (ROOT / "README.md").read_text()
+    main, small, rates, gpu = gpu_runs()
+    own, common = 100 * rh.ablation_table(main, rates=rates), 100 * rh.ablation_table(committed_runs())
+    say = ["{:+.1f} points at 18 layers, {:+.1f} at 34 and {:+.1f} at 50".format(*common.difference),
+           f"{own.difference['34 layers']:+.1f} are left at 34 layers, with an interval that includes 0"]
+    assert (own.difference < own["95% half width"]).tolist() == [True, True, False]  # "undecided"
+    end = gpu[gpu.epoch == gpu.epochs].set_index("model")
+    slow, loss = end[end.epochs == 45].loc["plain50"], main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
+    say += [f"training loss ends at {loss:.3f} (guessing has {np.log(2):.3f}), in 45 at {slow.loss:.3f}, with "
+            f"{100 * slow.val_accuracy:.1f}% validation accuracy", f"training loss ends at {loss:.3f} (mean of three"]
+    long, gamma = 100 * end[end.epochs == 60].val_accuracy, zero_gamma(gpu).resnet50
+    say += [f"({long.resnet56:.1f} and {long.resnet20:.1f}%, one seed)",
+            f"ResNet-50 has {gamma[True]:.1f}% in place of {gamma[False]:.1f}% at 0.001"]
+    every = every_run()
+    last = 100 * every[(every.epoch == every.epochs) & (every.seed == 0)].set_index(["model", "variant"]).val_accuracy
+    say += ["ResNet-34 reaches {:.1f}% and ResNet-50 {:.1f}% in place of {:.1f}% and {:.1f}%".format(
+        *(last[model, variant] for variant in ("-shortcut_zero_pad", "") for model in ("resnet34", "resnet50")))]
+    for words in say:
+        assert words in readme, words
 
 
 def test_readme_shows_the_benchmark():
@@ -233,7 +295,8 @@ def test_readme_pandas_lines_give_the_table(monkeypatch):
     monkeypatch.chdir(ROOT)
     scope = {}
     exec(lines, scope)
-    table, ours = scope["table"], rh.ablation_table(committed_runs())
+    main, _, rates, _ = gpu_runs()
+    table, ours = scope["table"], rh.ablation_table(main, rates=rates)
     for depth in (18, 34, 50):
         assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"{depth} layers"])
         assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"{depth} layers"])
