@@ -231,6 +231,51 @@ def test_notebook_4_tells_the_committed_runs():
         assert words in text, words
 
 
+def test_the_appendix_tells_the_outcomes():
+    """The five predictions, each checked and told; the correlation; the landscapes."""
+    text, (main, small, rates, gpu) = markdown_of("appendix_why"), gpu_runs()
+    table = 100 * rh.ablation_table(small[small.seed <= 3])
+    residual, plain = table.residual, table.plain
+    assert residual.min() > plain.max() and plain.is_monotonic_decreasing  # 1
+    assert table.difference.min() > 0 and table.difference.is_monotonic_increasing  # 2
+    say = ["with {:.1f}, {:.1f} and {:.1f}% above plain-20 with {:.1f}, plain-32 with {:.1f} and plain-56 with {:.1f}"
+           .format(*residual, *plain), "leads by {:.1f}, {:.1f} and {:.1f} points".format(*table.difference)]
+    first = gpu[(gpu.seed == 0) & (gpu.learning_rate == 0.001) & (gpu.epoch == 15)]
+    first = 100 * first.set_index(["model", "zero_gamma"]).val_accuracy
+    gains = [first[name, True] - first[name, False] for name in ("resnet34", "resnet50")]
+    assert 0 < gains[0] < gains[1]  # 3
+    assert all(abs(first[name, True] - first["resnet18", False]) < 1.5 for name in ("resnet34", "resnet50"))
+    told = [("resnet34", True), ("resnet34", False), ("resnet50", True), ("resnet50", False), ("resnet18", False)]
+    say += ["ResNet-34 has {:.1f}% in place of {:.1f}, ResNet-50 {:.1f} in place of {:.1f}, the larger gain; "
+            "ResNet-18, near which both should end, has {:.1f}".format(*(first[network] for network in told))]
+    own = 100 * rh.ablation_table(main, rates=rates)
+    order = own[["residual", "plain"]].to_numpy().ravel()
+    assert (np.diff(order) < 0).all() and (own.difference > 0).all()  # 4 and 5
+    assert (own.difference < own["95% half width"]).tolist() == [True, True, False]
+    say += ["{:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}%, in the order".format(*order),
+            "{:+.1f}, {:+.1f} and {:+.1f} points at 18, 34 and 50 layers".format(*own.difference),
+            f"ends {own.difference['34 layers']:.1f} points behind ResNet-34"]
+    gamma = zero_gamma(gpu).diff().iloc[-1]
+    say += [f"rose by {gamma.resnet34:.1f} and {gamma.resnet50:.1f} points",
+            f"ResNet-50 gains {gamma.resnet50:.1f} points"]
+    measure = pd.read_csv(ROOT / "results" / "measure.csv", index_col=0)
+    say += [f"rank correlation {measure.corr(method='spearman').iloc[0, 1]:.2f}"]
+    pairs = [measure.measure[f"resnet{d}"] - measure.measure[f"plain{d}"] for d in (18, 34, 50, 20, 32, 56)]
+    assert len(measure) == 12 and min(pairs) > 0  # "told the better one of all six pairs"
+    means = pd.concat([own, 100 * rh.ablation_table(small)])
+    for name, accuracy in measure["accuracy, %"].items():
+        kind = "plain" if name.startswith("plain") else "residual"
+        assert accuracy == pytest.approx(means[kind][f"{rh.MODELS[name]} layers"], abs=1e-3)
+    loss = pd.read_csv(ROOT / "results" / "landscapes.csv", index_col=["model", "a", "b"]).loss
+    middle, below = loss.xs((0, 0), level=["a", "b"]), (loss < np.log(2)).groupby("model").sum()
+    assert loss.groupby("model").size().tolist() == [625, 625]
+    say += [f"{middle.plain56:.3f} for plain-56 and {middle.resnet56:.3f} for ResNet-56. Of the 625 points "
+            f"{below.plain56} and {below.resnet56} have",
+            f"plain-56's loss reaches {loss.plain56.max():.1e}, ResNet-56's {loss.resnet56.max():.1e}"]
+    for words in say:
+        assert words in text, words
+
+
 def zero_gamma(gpu):
     """Mean validation accuracy of seeds 0 to 2 at 0.001, in percent: without (False) and with (True) zero gamma."""
     runs = gpu[(gpu.learning_rate == 0.001) & gpu.seed.isin([0, 1, 2]) & (gpu.epoch == 15) & (gpu.epochs == 15)]
