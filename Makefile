@@ -50,7 +50,7 @@ run: .venv/installed $(KERNEL)
 			' and '.join(f'{points[row]:+.1f} points at {row}' for row in points.index[1:]) + '.\n'); \
 		print('Runs and figures:', folder)" $(ASIDE); \
 	echo "Executed notebooks: build/notebooks. Open them: $(BIN)/jupyter lab build/notebooks"; \
-	echo "The full results, three seeds of 15 epochs: README.md and notebooks/04_ablation.ipynb. To train them: make full"
+	echo "The full results: README.md and notebooks/04_ablation.ipynb. Runs of full length on this machine: make full"
 
 # Seed by seed; what is there is not trained again, what was cut off goes on.
 full: .venv/installed $(KERNEL)

@@ -192,7 +192,7 @@ def measure(net, batch, rounds, steps):
     for name in times:
         median = statistics.median(times[name])
         ratio = statistics.median(other / own for own, other in zip(times[ours], times[name]))
-        rows.append({"net": rh.display_name(net), "contender": name, "images a second": round(batch / median),
+        rows.append({"net": rh.display_name(net), "contender": name, "images per second": round(batch / median),
                      "this project is faster by": f"{ratio:.2f}", "share of peak": f"{work / median / peak:.0%}",
                      "peak memory, GB": f"{memory[name]:.1f}"})
     notes = (f"{rh.display_name(net)}: {EPOCH_BATCHES} batches through `fit` take {slower:.2f} times as long as bare "

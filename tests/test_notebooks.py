@@ -192,6 +192,7 @@ def test_notebook_4_tells_the_committed_runs():
     end = gpu[gpu.epoch == gpu.epochs]
     hour = end[end.epochs == 60].set_index("model").val_accuracy * 100
     slow = end[(end.model == "plain50") & (end.epochs == 45)].iloc[0]
+    assert gpu[(gpu.epochs == 45) & (gpu.epoch == 30)].loss.item() > 0.98 * np.log(2)  # "near guessing again"
     loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
     say += [f"ResNet-56 has {hour.resnet56:.1f}% and ResNet-20 {hour.resnet20:.1f}%",
             f"training loss ends at {loss:.3f}, and guessing has {np.log(2):.3f}. With 45 epochs it reaches "
@@ -201,6 +202,12 @@ def test_notebook_4_tells_the_committed_runs():
     say += [", ".join(f"{trained[f'resnet{d}'] / trained[f'plain{d}'] - 1:.1%} at {d} layers" for d in (18, 34, 50))]
     say += [f"ResNet-20 has {size['resnet34'] / size['resnet20']:.0f} times fewer parameters than ResNet-34 and "
             f"reaches {small_table.residual['20 layers']:.1f}%"]
+    assert all(part.plain.is_monotonic_decreasing for part in (table, small_table))
+    assert all(rh.ablation_table(runs, "accuracy", own).plain.is_monotonic_decreasing
+               for runs, own in ((main, rates), (small, None)))  # "in the plain networks training accuracy falls, too"
+    card = (ROOT / "results" / "weights" / "README.md").read_text()
+    assert "average {:.1f}% (ResNet-20) and {:.1f}% (ResNet-56)".format(
+        *small_table.residual[["20 layers", "56 layers"]]) in card
     assert small_table.residual["20 layers"] > table[["plain", "residual"]].max().max(), "the yardstick is not ahead"
     assert size["resnet56"] == size["plain56"]  # "equal parameters"
 
@@ -248,6 +255,8 @@ def test_the_appendix_tells_the_outcomes():
     told = [("resnet34", True), ("resnet34", False), ("resnet50", True), ("resnet50", False), ("resnet18", False)]
     say += ["ResNet-34 has {:.1f}% in place of {:.1f}, ResNet-50 {:.1f} in place of {:.1f}, the larger gain; "
             "ResNet-18, near which both should end, has {:.1f}".format(*(first[network] for network in told))]
+    one = every_run().query("seed == 0 and variant == '' and epoch == epochs").set_index("model").val_accuracy * 100
+    say += [f"on two cores: {one.resnet34:.1f}, {one.resnet50:.1f} and {one.resnet18:.1f}"]
     own = 100 * rh.ablation_table(main, rates=rates)
     order = own[["residual", "plain"]].to_numpy().ravel()
     assert (np.diff(order) < 0).all() and (own.difference > 0).all()  # 4 and 5
@@ -261,7 +270,7 @@ def test_the_appendix_tells_the_outcomes():
     measure = pd.read_csv(ROOT / "results" / "measure.csv", index_col=0)
     say += [f"rank correlation {measure.corr(method='spearman').iloc[0, 1]:.2f}"]
     pairs = [measure.measure[f"resnet{d}"] - measure.measure[f"plain{d}"] for d in (18, 34, 50, 20, 32, 56)]
-    assert len(measure) == 12 and min(pairs) > 0  # "told the better one of all six pairs"
+    assert len(measure) == 12 and min(pairs) > 0  # "picked the better network of each of the six pairs"
     means = pd.concat([own, 100 * rh.ablation_table(small)])
     for name, accuracy in measure["accuracy, %"].items():
         kind = "plain" if name.startswith("plain") else "residual"
@@ -345,3 +354,14 @@ def test_readme_pandas_lines_give_the_table(monkeypatch):
     for depth in (18, 34, 50):
         assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"{depth} layers"])
         assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"{depth} layers"])
+
+
+def test_readme_lines_for_the_two_tables_give_the_tables(monkeypatch, capsys):
+    """With the committed runs in place of training them."""
+    (lines,) = re.findall(r"```python\n(import pandas as pd.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rh, "train_runs", lambda configs, folder: pd.concat(
+        rh._run_table(rh.read_run(path), path) for path in (rh.run_path(one, "results/gpu") for one in configs)))
+    exec(lines, {})
+    main, small, rates, _ = gpu_runs()
+    assert capsys.readouterr().out == f"{rh.ablation_table(main, rates=rates)}\n{rh.ablation_table(small)}\n"
