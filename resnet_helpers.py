@@ -42,7 +42,7 @@ from keras import layers, ops
 
 PROFILES = {
     "full": {"train_images": 16_283, "val_images": 6_979, "epochs": 15},
-    "quick": {"train_images": 1_536, "val_images": 1_024, "epochs": 4, "batch_size": 32},
+    "quick": {"train_images": 1_280, "val_images": 512, "epochs": 4, "batch_size": 32},
     "test": {"train_images": 96, "val_images": 48, "epochs": 2},
 }
 
@@ -83,7 +83,7 @@ def write_atomically(path, write):
                           "Make room, or set RESNET_RESULTS or RESNET_DATA to another folder.") from error
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink()  # it is there only if something went wrong
+            partial.unlink()  # there only if something went wrong
 
 
 def _read_arrays(path, names):
@@ -91,7 +91,7 @@ def _read_arrays(path, names):
     try:
         with open(path, "rb") as opened, np.load(opened) as file:
             return [file[name] for name in names]
-    except Exception as error:  # a damaged zip can raise nearly anything
+    except Exception as error:  # a damaged zip can raise anything
         raise ValueError(f"{path} is damaged or another file ({error!r}). Move it away.") from error
 
 
@@ -133,7 +133,8 @@ def prepare_dataset(profile=None):
 
     try:
         requests.head(cats_vs_dogs._URL, timeout=10, allow_redirects=True).raise_for_status()
-        tfds.builder(name, data_dir=where).download_and_prepare()
+        with filelock.FileLock(where / f"{name}.lock"):  # two may start at once
+            tfds.builder(name, data_dir=where).download_and_prepare()
         return name
     except Exception as error:
         if get_profile(profile) == "full" or not isinstance(error, requests.exceptions.RequestException):
@@ -283,7 +284,7 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
         stride_in: Where a bottleneck strides, which the paper leaves open: in its first "1x1", as in the
             authors' released networks, or in its "3x3" ("v1.5").
         zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
-        seed: Makes the initial weights reproducible, layer by layer.
+        seed: Makes the initial weights reproducible.
     """
     _require(0 < len(kernel_sizes) == len(channel_sizes), "equal lengths > 0", (kernel_sizes, channel_sizes))
     _require(not (is_plain and zero_gamma), "shortcuts, for zero_gamma", "is_plain=True")
@@ -601,7 +602,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False):
 
 
 def _table_so_far(path, known):
-    """A run's finished epochs, from its files, wherever it trains; else those known."""
+    """A run's finished epochs, from its files; else those known."""
     with contextlib.suppress(Exception):  # not there yet, or just being replaced
         if path.exists():
             return _run_table(read_run(path), path)
@@ -636,10 +637,9 @@ def read_runs(folder):
 
 
 def _run_table(run, path):
-    config, table = run["config"], pd.DataFrame(run["history"], dtype=float)
+    table = pd.DataFrame(run["history"], dtype=float).assign(file=path.name, status=run["status"])
     machine = {key: run["environment"].get(key, math.nan) for key in MACHINE}
-    return table.assign(epoch=range(1, len(table) + 1), file=path.name, status=run["status"],
-                        **config, **machine)
+    return table.assign(epoch=range(1, len(table) + 1), **run["config"], **machine)
 
 
 def ablation_table(runs, metric="val_accuracy", rates=None):

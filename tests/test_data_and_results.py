@@ -136,7 +136,7 @@ def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch,
     data = rh.load_data(rh.DIGITS)
     assert len(data.train_labels) + len(data.val_labels) == 1797 and len(data.class_names) == 10
     config = rh.make_config("resnet34", "quick", rh.DIGITS)
-    assert (config["train_images"], config["val_images"]) == (len(data.train_labels), len(data.val_labels))
+    assert (config["train_images"], config["val_images"]) == (len(data.train_labels), 512)
     assert "sklearn_digits" in str(rh.run_path(config)) and "cats" not in str(rh.run_path(config))
 
 
@@ -160,7 +160,7 @@ def test_errors_name_what_is_allowed(call, words):
 def test_profiles_are_what_the_readme_says():
     assert rh.PROFILES["full"] == {"train_images": 16_283, "val_images": 6_979, "epochs": 15}
     quick = rh.PROFILES["quick"]
-    assert quick == {"train_images": 1_536, "val_images": 1_024, "epochs": 4, "batch_size": 32}
+    assert quick == {"train_images": 1_280, "val_images": 512, "epochs": 4, "batch_size": 32}
 
 
 ACCURACY = {"plain34": [0.60, 0.64], "resnet34": [0.70, 0.72], "plain50": [0.50, 0.54], "resnet50": [0.68, 0.66]}
