@@ -14,7 +14,9 @@ PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-
 export IPYTHONDIR := $(CURDIR)/build/ipython
 KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
 ASIDE := 2>> build/messages.txt
-FAILED := || { tail -n 25 build/messages.txt; exit 1; }
+FAILED := || { [ $$stopped ] && echo "Stopped. Finished epochs are kept: the same command goes on from there." \
+	|| tail -n 25 build/messages.txt; exit 1; }
+START := set -e; trap 'stopped=1' INT
 # Of all that is printed, only how far the training is.
 PROGRESS := { grep --line-buffered -E '^(\[[0-9]+/|!!!|Decoding |[a-z]+[0-9]+.*: loaded)' || [ $$? = 1 ]; }
 
@@ -30,15 +32,15 @@ help:
 	@echo "make clean   remove the virtual environment and what make run has made"
 
 # The committed notebooks stay as they are. Two short runs side by side take less time than one after the other, and so
-# do notebooks 1 and 2, of which only the first needs images. (Without the trap Ctrl-C would not reach the first.)
+# do notebooks 1 and 2, of which only the first needs images. (Without its own trap Ctrl-C would not reach it.)
 run: .venv/installed $(KERNEL)
 	@: > build/messages.txt
-	@set -e; export RESNET_PROFILE=quick; \
+	@$(START); export RESNET_PROFILE=quick; \
 	execute() { \
 		local start=$$SECONDS; echo "[$$1/4] notebooks/$$2.ipynb ..."; \
 		$(PAPERMILL) notebooks/$$2.ipynb build/notebooks/$$2.ipynb $$3 $(ASIDE) | $(PROGRESS) $(FAILED); \
 		echo "[$$1/4] notebooks/$$2.ipynb: $$((SECONDS - start)) s"; }; \
-	{ trap - INT; execute 1 01_data; } & execute 2 02_models; wait $$!; \
+	{ trap 'exit 1' INT; execute 1 01_data; } & execute 2 02_models; wait $$!; \
 	execute 3 03_training "-p workers 2"; \
 	execute 4 04_ablation; \
 	$(BIN)/python -c "import resnet_helpers as rh; \
@@ -56,13 +58,13 @@ run: .venv/installed $(KERNEL)
 
 # Seed by seed; what is there is not trained again, what was cut off goes on.
 full: .venv/installed $(KERNEL)
-	@set -e; for seed in $(SEEDS); do \
+	@$(START); for seed in $(SEEDS); do \
 		$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training-seed$$seed.ipynb -p profile full \
 			-y "{seeds: [$$seed], networks: [$(NETWORKS)], workers: $(WORKERS)}" $(ASIDE) $(FAILED); \
 	done
 
 sweeps: .venv/installed $(KERNEL)
-	@set -e; train="$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training"; \
+	@$(START); train="$(PAPERMILL) notebooks/03_training.ipynb build/notebooks/03_training"; \
 	for rate in 0.0003 0.003; do \
 		$$train-rate$$rate.ipynb -p profile full \
 			-y "{networks: [plain34, resnet34, plain50, resnet50], changes: {learning_rate: $$rate}, workers: $(WORKERS)}" \
@@ -72,7 +74,7 @@ sweeps: .venv/installed $(KERNEL)
 		-y "{networks: [resnet34, resnet50], changes: {shortcut: zero_pad}, workers: $(WORKERS)}" $(ASIDE) $(FAILED)
 
 render: .venv/installed $(KERNEL)
-	@set -e; for name in $(PAGES); do \
+	@$(START); for name in $(PAGES); do \
 		echo "notebooks/$$name.ipynb"; \
 		RESNET_PROFILE=full $(BIN)/jupyter execute --inplace notebooks/$$name.ipynb $(ASIDE) $(FAILED); \
 	done
@@ -88,6 +90,7 @@ test: .venv/installed-tests
 .venv/installed: requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
 		f"Python 3.11, 3.12 or 3.13 is needed; this is {v[0]}.{v[1]}. Name another: make run PYTHON=python3.12")'
+	@[ -w . ] || { echo "This folder cannot be written to. Clone the repository into one of your own."; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "Python has no venv here. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing TensorFlow, Jupyter and what they need into .venv (about 2.5 GB, some minutes) ..."
 	@$(INSTALL) -r requirements.txt | grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c 1-100

@@ -57,6 +57,11 @@ def run_all(page, url, copy, name, pictures):
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
     wait_until(lambda: [k for k in kernels(url) if k["execution_state"] == "idle"], "a kernel", 120)
     page.wait_for_timeout(2000)
+    news = page.get_by_role("button", name="No", exact=True)  # "Would you like to get notified ...?"
+    if news.count():
+        news.first.click()
+    page.locator(".lm-MenuBar-itemLabel", has_text="Edit").first.click()
+    page.get_by_text("Clear Outputs of All Cells", exact=True).click()  # so that no picture shows a committed output
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").first.click()
     page.get_by_text("Run All Cells", exact=True).click()
     start, idle_since = time.time(), None
@@ -66,16 +71,21 @@ def run_all(page, url, copy, name, pictures):
         time.sleep(1)
         busy = any(kernel["execution_state"] == "busy" for kernel in kernels(url))
         idle_since = None if busy else idle_since or time.time()
-        growing = page.locator(".jp-OutputArea-output img")
+        growing = page.locator(".jp-CodeCell", has_text="runs = rh.train_runs(").locator("img")
         if name == "03_training" and busy and growing.count() and not (pictures / f"{name}-training.png").exists():
-            growing.last.scroll_into_view_if_needed()
+            for _ in range(2):  # JupyterLab lays out what comes into view, which moves it once more
+                growing.last.evaluate("image => image.scrollIntoView({block: 'center'})")
+                page.wait_for_timeout(1000)
             page.screenshot(path=pictures / f"{name}-training.png")
     page.keyboard.press("Control+s")
     path = copy / "notebooks" / f"{name}.ipynb"
     code = []
 
     def saved():
-        code[:] = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        try:
+            code[:] = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        except ValueError:  # just being written
+            return False
         return all(cell["execution_count"] for cell in code)
 
     wait_until(saved, f"{name}: all cells executed and saved", 60)
@@ -113,7 +123,8 @@ def main():
         with open(pictures / "jupyter.log", "w") as log:
             server = subprocess.Popen(
                 [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--allow-root",
-                 "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={copy}"],
+                 "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True",
+                 f"--ServerApp.root_dir={copy}"],
                 env=environment, stdout=log, stderr=log)
         try:
             wait_until(lambda: answers(url), "JupyterLab", 60)
