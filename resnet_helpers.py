@@ -138,7 +138,7 @@ def prepare_dataset(profile=None):
         return name
     except Exception as error:
         if get_profile(profile) == "full" or not isinstance(error, requests.exceptions.RequestException):
-            raise RuntimeError(f"Preparing {name} in {where} failed ({error!s:.99}). Try again with a network, "
+            raise RuntimeError(f"Preparing {name} in {where} failed ({error!s:.99}). Try again online, "
                                "set TFDS_DATA_DIR to a folder with it, or RESNET_PROFILE=quick.") from error
         print(f"!!! NO CATS, NO DOGS ({error!s:.99}). Handwritten digits ({DIGITS}) instead.")
     if not _decoded(DIGITS, 32):  # 1,797 images of 8x8 pixels

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 
 import keras
 import numpy as np
@@ -330,3 +331,9 @@ def test_saved_model_loads(tmp_path):
     model.save(tmp_path / "net.keras")
     images = np.random.default_rng(0).random((2, 32, 32, 3), dtype="float32")
     np.testing.assert_array_equal(model(images), keras.models.load_model(tmp_path / "net.keras")(images))
+
+
+def test_the_helper_can_be_read_in_one_sitting():
+    text = pathlib.Path(rh.__file__).read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 720 and len(text.encode()) <= 38_000 and max(map(len, lines)) <= 110
