@@ -249,7 +249,8 @@ class Conv2D(layers.Conv2D):
         kernel, stride, pad = self.kernel, self.strides[0], self.kernel_size[0] // 2
         if max(inputs.shape[1:3]) <= stride:
             seen = inputs[:, : pad + 1, : pad + 1]
-            kernel = kernel[pad : pad + seen.shape[1], pad : pad + seen.shape[2]]
+            seen_by = (*seen.shape[1:], self.filters)
+            kernel = ops.slice(kernel, (pad, pad, 0, 0), seen_by)  # its gradient is cheaper than indexing's
             matrix = ops.reshape(kernel, (math.prod(seen.shape[1:]), self.filters))
             product = ops.matmul(ops.reshape(seen, (-1, matrix.shape[0])), matrix)
             return self.activation(ops.reshape(product, (-1, 1, 1, self.filters)))
@@ -260,18 +261,66 @@ class Conv2D(layers.Conv2D):
         return self.activation(ops.conv(inputs, kernel, stride, "valid", data_format="channels_last"))
 
 
-def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones"):
-    """Convolution without bias (the batch norm after it has one), He initialisation, batch norm."""
+@keras.saving.register_keras_serializable("resnet_helpers")
+class BatchNormalization(layers.BatchNormalization):
+    """Batch norm over the last axis of (batch, height, width, channels).
+
+    Training on TensorFlow uses its fused operation, which equals Keras's ten to rounding and is faster.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        if not training or not self.trainable or keras.backend.backend() != "tensorflow":
+            return super().call(inputs, training=training, mask=mask)
+        import tensorflow as tf
+
+        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs, self.gamma.value, self.beta.value, epsilon=self.epsilon)
+        count = ops.cast(tf.size(inputs) / inputs.shape[-1], variance.dtype)
+        variance = variance * (count - 1) / count  # the unbiased one came, Keras keeps the other
+        for moving, now in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + now * (1 - self.momentum))
+        return outputs
+
+
+@keras.saving.register_keras_serializable("resnet_helpers")
+class MirroredHeNormal(keras.initializers.Initializer):
+    """share * M + (1 - share) * H: H is He's start (He et al. 2015b), M its mirrored form.
+
+    Mirrored ("looks linear", Balduzzi et al. 2017): over halves of its input and output channels (`axes`), M
+    is [[V, -V], [-V, V]] with V the first part of H, so that a weight of M has the variance of one of H. The
+    layer puts out [Vu; -Vu], and since relu(u) - relu(-u) = u, the next one sees Vu as if there were no ReLU.
+    """
+
+    def __init__(self, share, axes=(-2, -1), seed=None):
+        self.share, self.axes, self.seed = share, tuple(axes), seed
+
+    def __call__(self, shape, dtype=None):
+        he = keras.initializers.HeNormal(self.seed)(shape, dtype)
+        if self.share == 0:
+            return he
+        mirrored = he
+        for axis in self.axes:
+            _require(shape[axis] % 2 == 0, "even numbers of channels, for mirrored", tuple(shape))
+            half = ops.split(mirrored, 2, axis)[0]
+            mirrored = ops.concatenate([half, -half], axis)
+        return self.share * mirrored + (1 - self.share) * he
+
+    def get_config(self):
+        return {"share": self.share, "axes": self.axes, "seed": self.seed}
+
+
+def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones", mirrored=0.0, axes=(-2, -1)):
+    """Convolution without bias (the batch norm after it has one), He's start or `mirrored`, batch norm."""
     if seed is not None:  # by name, so that twins start from the same weights
         seed = zlib.crc32(f"{seed} {name}".encode())
     x = Conv2D(filters, kernel_size, strides=stride, padding="same", use_bias=False, name=f"{name}_conv",
-               kernel_initializer=keras.initializers.HeNormal(seed))(x)
-    return layers.BatchNormalization(
+               kernel_initializer=MirroredHeNormal(mirrored, axes, seed))(x)
+    return BatchNormalization(
         momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=f"{name}_bn")(x)
 
 
 def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, shortcut="projection",
-               stride_in="1x1", zero_gamma=False, seed=None):
+               stride_in="1x1", zero_gamma=False, shortcut_scale=1.0, mirrored=0.0, seed=None):
     """One unit: y = relu(F(x) + x), or relu(F(x) + W_s x) with a projection (paper, equations 1 and 2).
 
     Args:
@@ -284,10 +333,14 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
         stride_in: Where a bottleneck strides, which the paper leaves open: in its first "1x1", as in the
             authors' released networks, or in its "3x3" ("v1.5").
         zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
+        shortcut_scale: a in y = relu(F(x) + a x): 1 in the paper, 0 would leave no shortcut.
+        mirrored: 0 is He's start, 1 a start in which the network is linear (`MirroredHeNormal`).
         seed: Makes the initial weights reproducible.
     """
     _require(0 < len(kernel_sizes) == len(channel_sizes), "equal lengths > 0", (kernel_sizes, channel_sizes))
     _require(not (is_plain and zero_gamma), "shortcuts, for zero_gamma", "is_plain=True")
+    _require(not (is_plain and shortcut_scale != 1), "shortcuts, for shortcut_scale", "is_plain=True")
+    _require(0 <= mirrored <= 1, "mirrored from 0 to 1", mirrored)
     _require_one_of("shortcut", shortcut, SHORTCUTS)
     _require_one_of("stride_in", stride_in, ("1x1", "3x3"))
     last, filters = len(kernel_sizes) - 1, channel_sizes[-1]
@@ -295,15 +348,18 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False, 
     branch = x  # becomes F(x), the residual branch
     for i, (kernel_size, channels) in enumerate(zip(kernel_sizes, channel_sizes)):
         own_stride, gamma = stride if i == strided else 1, "zeros" if zero_gamma and i == last else "ones"
-        branch = conv_bn(branch, channels, kernel_size, own_stride, f"{name}_{i + 1}", seed, gamma)
+        branch = conv_bn(
+            branch, channels, kernel_size, own_stride, f"{name}_{i + 1}", seed, gamma, mirrored)
         if i < last:
             branch = layers.Activation("relu", name=f"{name}_{i + 1}_relu")(branch)
     if not is_plain:
         if shortcut == "projection_all" or (shortcut == "projection" and branch.shape != x.shape):
-            x = conv_bn(x, filters, 1, stride, f"{name}_0", seed)  # W_s x
+            x = conv_bn(x, filters, 1, stride, f"{name}_0", seed, mirrored=mirrored)  # W_s x
         elif branch.shape != x.shape:
             _require(filters >= x.shape[-1], "a projection where channels become fewer", shortcut)
             x = ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, filters - x.shape[-1])))
+        if shortcut_scale != 1:
+            x = layers.Rescaling(shortcut_scale, name=f"{name}_scale")(x)  # a x
         branch = layers.Add(name=f"{name}_add")([x, branch])  # F(x) + x
     return layers.Activation("relu", name=f"{name}_out")(branch)
 
@@ -313,7 +369,8 @@ def build_resnet_block(
     """Build one stage of the paper's Table 1: `block_num` 2 is conv2_x, ..., 5 is conv5_x.
 
     `stride`, by which the first unit divides height and width, is 1 in conv2_x and else 2 by default.
-    `options` (is_plain, shortcut, stride_in, zero_gamma, seed) and the rest are those of `build_unit`.
+    `options` (is_plain, shortcut, stride_in, zero_gamma, shortcut_scale, mirrored, seed) and the rest are
+    those of `build_unit`.
     """
     _require(num_units > 0, "num_units of at least 1", num_units)
     stride, x = stride or (1 if block_num == 2 else 2), input_layer
@@ -324,7 +381,7 @@ def build_resnet_block(
 
 
 def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottleneck=False,
-                 stem="imagenet", seed=None, name=None, **options):
+                 stem="imagenet", mirrored=0.0, seed=None, name=None, **options):
     """Build a whole network as in Table 1; it ends in logits, (batch, num_classes), not in probabilities.
 
     Args:
@@ -332,7 +389,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
         units_per_block, channels: Of each stage, such as [3, 4, 6, 3] and [64, 128, 256, 512].
         bottleneck: Units of 1x1, 3x3 and 1x1 (four times the channels), not two 3x3 (paper, Figure 5).
         stem: "imagenet" (7x7 stride 2 and max pool, Table 1) or "cifar" (3x3 stride 1, no pool, section 4.2).
-        seed, options: `is_plain` and the others of `build_unit`.
+        mirrored, seed, options: `is_plain` and the others of `build_unit`.
     """
     kernel_size, stride, least = STEMS[_require_one_of("stem", stem, STEMS)]
     _require(len(input_shape) == 3 and min(input_shape[:2]) >= least,
@@ -340,14 +397,15 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     _require(num_classes >= 2, "num_classes of at least 2", num_classes)
     _require(0 < len(units_per_block) == len(channels), "equal lengths > 0", (units_per_block, channels))
     image = keras.Input(input_shape, name="image")
-    x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed)
+    # An image's channels have no mirrored halves: only the output's.
+    x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed, mirrored=mirrored, axes=(-1,))
     x = layers.Activation("relu", name="conv1_relu")(x)
     if stem == "imagenet":
         x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # harmless after a ReLU
         x = layers.MaxPooling2D(3, strides=2, name="pool1_pool")(x)
     for block_num, (num_units, width) in enumerate(zip(units_per_block, channels), start=2):
         unit = ((1, 3, 1), (width, width, 4 * width)) if bottleneck else ((3, 3), (width, width))
-        x = build_resnet_block(x, block_num, num_units, *unit, seed=seed, **options)
+        x = build_resnet_block(x, block_num, num_units, *unit, mirrored=mirrored, seed=seed, **options)
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     start = keras.initializers.HeNormal(seed)
     logits = layers.Dense(num_classes, kernel_initializer=start, name="predictions")(x)
@@ -384,15 +442,21 @@ def make_config(model, profile=None, dataset="cats_vs_dogs", seed=0, **changes):
         "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64,
         **PROFILES[get_profile(profile)], "optimizer": "adam", "learning_rate": 1e-3,
         "schedule": "half an epoch up, cosine down", "augmentation": "flips, 4-pixel shifts",
-        "stem": plan["stem"], "stride_in": "1x1", "zero_gamma": False,
-        "shortcut": "none" if is_plain else plan["shortcut"], "seed": seed, "profile": get_profile(profile)}
+        "stem": plan["stem"], "stride_in": "1x1", "zero_gamma": False, "mirrored": 0.0,
+        "shortcut_scale": 1.0, "shortcut": "none" if is_plain else plan["shortcut"], "seed": seed,
+        "profile": get_profile(profile)}
     if dataset == DIGITS:  # there are no more
         config |= {key: min(config[key], n) for key, n in (("train_images", 1_258), ("val_images", 539))}
     allowed = {key: [config[key]] for key in ("schedule", "augmentation")}  # always the same
     allowed |= {"optimizer": OPTIMIZERS, "shortcut": ["none"] if is_plain else SHORTCUTS}
     for key, value in changes.items():
         _require_one_of("entry of a configuration", key, config)
-        config[key] = _require_one_of(key, value, allowed.get(key, [value]))
+        value = _require_one_of(key, value, allowed.get(key, [value]))
+        config[key] = float(value) if isinstance(config[key], float) else value
+    _require(0 <= config["mirrored"] <= 1, "mirrored from 0 to 1", config["mirrored"])
+    unused = {"zero_gamma": False, "shortcut_scale": 1.0}
+    _require(not is_plain or all(config[key] == value for key, value in unused.items()),
+             f"shortcuts, for {' and '.join(unused)}", model)
     return json.loads(json.dumps(config, default=lambda number: number.item()))  # Python numbers
 
 
@@ -434,7 +498,7 @@ def learning_rate(config):
 
 def build_from_config(config, num_classes):
     """The compiled network of a configuration."""
-    keys = ("stem", "stride_in", "zero_gamma", "shortcut", "seed")
+    keys = ("stem", "stride_in", "zero_gamma", "shortcut_scale", "mirrored", "shortcut", "seed")
     options = {key: config[key] for key in keys if config[key] != "none"}
     model = create_model(config["model"], (config["image_size"],) * 2 + (3,), num_classes, **options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -451,12 +515,20 @@ def _device():
     return ("CPU " if "CPU" in place else "GPU ") + platform.machine()
 
 
+def _commit():
+    """The commit of the repository that this module lies in, None outside of one."""
+    command = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def environment(data):
-    """What is saved with a run: versions, device, threads, checksums of images and labels."""
+    """What is saved with a run: versions, device, threads, start, commit, checksums of images and labels."""
     backend = keras.backend.backend()
     return {"python": platform.python_version(), "keras": keras.__version__, "backend": backend,
             backend: sys.modules[backend].__version__, "numpy": np.__version__, "device": _device(),
             "threads": int(threads or os.cpu_count()), "date": time.strftime("%Y-%m-%d"),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": _commit(),
             "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
             "labels_crc32": zlib.crc32(data.val_labels, zlib.crc32(data.train_labels))}
 
@@ -537,8 +609,7 @@ def _restore(path, run, state):
     _refuse_another(path, run["config"] | {key: now[key] for key in MACHINE}, saved["config"] | before)
     for variable, value in zip(state, values):
         variable.assign(value)
-    if before != now | {"date": before["date"]}:  # such as threads: last digits may differ
-        saved["earlier_environments"] = [*saved.get("earlier_environments", []), before]
+    saved["earlier_environments"] = [*saved.get("earlier_environments", []), before]
     print(f"Going on after epoch {len(saved['history']['loss'])} of {saved['config']['epochs']}.", flush=True)
     return saved | {"environment": now}
 

@@ -333,6 +333,96 @@ def test_units_with_a_projection(options, units):
     assert sum(name.endswith("_0_conv") for name in names) == units
 
 
+# ------------------------------------------------------------------------------------- starts and scaled shortcuts
+
+
+def hidden_outputs(net):
+    """A model of the outputs of all convolutions' batch norms, each before its ReLU."""
+    return keras.Model(net.input, [layer.output for layer in net.layers if layer.name.endswith("_bn")])
+
+
+def test_mirrored_kernels_are_mirrored_and_he_is_left_of_them():
+    he, mirrored, half = (rh.create_model("plain20", seed=0, mirrored=share) for share in (0, 1, 0.5))
+    for name, (kernel, *_) in layer_weights(mirrored).items():
+        if not name.endswith("_conv"):
+            continue
+        start, v = he.get_layer(name).kernel.numpy(), kernel[..., : kernel.shape[-1] // 2]
+        np.testing.assert_array_equal(kernel[..., kernel.shape[-1] // 2 :], -v)
+        if name != "conv1_conv":
+            v = v[:, :, : kernel.shape[2] // 2]
+            np.testing.assert_array_equal(kernel[:, :, kernel.shape[2] // 2 :, : v.shape[-1]], -v)
+        np.testing.assert_array_equal(v, start[:, :, : v.shape[2], : v.shape[3]])
+        np.testing.assert_allclose(half.get_layer(name).kernel, (kernel + start) / 2, atol=1e-7)
+    assert mirrored.count_params() == he.count_params()
+
+
+@pytest.mark.parametrize("name", ["plain20", "plain56", "plain34", "plain50"])
+def test_a_mirrored_plain_network_is_linear(name):
+    """Batch statistics are those of the start (mean 0, variance 1), so that only the ReLUs could be nonlinear."""
+    net = rh.create_model(name, (64, 64, 3), seed=0, mirrored=1)
+    start = net.get_layer("conv1_relu" if "20" in name or "56" in name else "pool1_pool").output
+    linear = keras.Model(start, hidden_outputs(net).outputs[1:])
+    rng, channels = np.random.default_rng(0), start.shape[-1] // 2
+
+    def outputs(u):
+        return linear(np.concatenate([np.maximum(u, 0), np.maximum(-u, 0)], -1), training=False)
+
+    first, second = rng.normal(size=(2, 2, *start.shape[1:3], channels)).astype("float32")
+    for a, b, both in zip(outputs(first), outputs(second), outputs(2 * first - 3 * second), strict=True):
+        assert difference(2 * a - 3 * b, both) <= 1e-5
+        np.testing.assert_allclose(both[..., : both.shape[-1] // 2], -both[..., both.shape[-1] // 2 :],
+                                   atol=1e-5 * np.abs(both).max())
+    usual = rh.create_model(name, (64, 64, 3), seed=0)
+    usual = keras.Model(usual.get_layer(start._keras_history.operation.name).output, hidden_outputs(usual).outputs[1:])
+    inputs = np.abs(rng.normal(size=(2, *start.shape[1:]))).astype("float32")
+    assert difference(usual(2 * inputs)[-1], 2 * usual(inputs)[-1]) <= 1e-5  # both are homogeneous ...
+    flipped = np.roll(inputs, channels, -1)  # ... but only a linear network turns -u into the opposite output
+    assert difference(usual(flipped)[-1], -usual(inputs)[-1]) > 0.1
+
+
+def test_a_mirrored_network_keeps_its_form_with_the_statistics_of_a_batch():
+    for output in hidden_outputs(rh.create_model("plain56", seed=0, mirrored=1))(random_images(32, 8), training=True):
+        half = output.shape[-1] // 2
+        np.testing.assert_allclose(output[..., :half], -output[..., half:], atol=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("resnet20", {}), ("resnet20", {"shortcut": "projection"}), ("resnet50", {})])
+def test_scaled_shortcuts(name, options):
+    usual, scaled = (rh.create_model(name, seed=0, shortcut_scale=a, **options) for a in (1, 0.25))
+    units = [layer.name for layer in usual.layers if isinstance(layer, keras.layers.Add)]
+    assert units == [layer.name.replace("_scale", "_add") for layer in scaled.layers if layer.name.endswith("_scale")]
+    assert scaled.count_params() == usual.count_params()
+    for unit in (units[0], units[-1]):
+        add, scale = scaled.get_layer(unit), scaled.get_layer(unit.replace("_add", "_scale"))
+        parts = keras.Model(scaled.input, [scale.input, add.input[1], add.output])
+        x, f, y = parts(random_images(32), training=False)
+        assert np.abs(x).max() > 0
+        np.testing.assert_allclose(y, f + 0.25 * x, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5, 8), (16, 1, 1, 4), (64, 8, 8, 16)])
+def test_the_fused_batch_norm_equals_kerass(shape):
+    ours, keras_own = (kind(momentum=0.9, epsilon=1e-5) for kind in (
+        rh.BatchNormalization, keras.layers.BatchNormalization))
+    rng = np.random.default_rng(0)
+    results = []
+    inputs, weight = (tf.constant(rng.normal(0.3, 2, shape), "float32") for _ in range(2))
+    start = [rng.normal(size=shape[-1]) for _ in range(4)]
+    start[3] = np.abs(start[3])
+    for layer in (ours, keras_own):
+        layer.build(shape)
+        layer.set_weights(start)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            output = layer(inputs, training=True)
+            total = tf.reduce_sum(output * weight)
+        gradients = tape.gradient(total, [inputs, layer.gamma.value, layer.beta.value])
+        results.append([output, *gradients, *layer.get_weights(), layer(inputs, training=False)])
+    for a, b in zip(*results, strict=True):
+        assert difference(a, b) <= 1e-4
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
@@ -350,6 +440,9 @@ def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **option
     (lambda: rh.create_model("resnet20", (7, 8, 3)), "(7, 8, 3)", "at least 8"),
     (lambda: rh.create_model("resnet18", (7, 8, 3), stem="cifar"), "(7, 8, 3)", "at least 8"),
     (lambda: rh.create_model("plain18", zero_gamma=True), "is_plain=True", "shortcuts, for zero_gamma"),
+    (lambda: rh.create_model("plain18", shortcut_scale=0.5), "is_plain=True", "shortcuts, for shortcut_scale"),
+    (lambda: rh.create_model("plain18", mirrored=1.5), "1.5", "mirrored from 0 to 1"),
+    (lambda: small_block(channel_sizes=(4, 5), mirrored=1), "(3, 3, 4, 5)", "even numbers of channels"),
     (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
     (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2),
      "([2, 2], [64])", "equal lengths > 0"),

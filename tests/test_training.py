@@ -265,7 +265,8 @@ def test_divergence_is_recorded(whole, tmp_path, monkeypatch):
     for _ in range(2):  # it does not go on, since it has diverged; then it is loaded
         run = rh.train_run(plain, tmp_path)
         assert run["status"] == "diverged" and len(run["history"]["loss"]) == 1
-    assert json.loads(path.read_text(), parse_constant=fail)["history"]["loss"] == [None]
+    # A fused ReLU may turn NaN into 0, so the training loss alone does not tell.
+    assert json.loads(path.read_text(), parse_constant=fail)["history"]["val_loss"] == [None]
     assert sorted(tmp_path.glob("[!.]*")) == [path, residual]
     table = format_percent(rh.ablation_table(rh.read_runs(tmp_path)))
     assert table.plain.item() == table.difference.item() == "diverged"
