@@ -5,7 +5,7 @@ import sys
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
-    os.environ.setdefault("RESNET_THREADS", "1")
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import resnet_helpers as rh  # noqa: E402
@@ -13,7 +13,7 @@ import resnet_helpers as rh  # noqa: E402
 
 @pytest.fixture(scope="session")
 def tiny_tfds(tmp_path_factory):
-    """200 images of several sizes as a prepared cats_vs_dogs: reddish noise is a cat, bluish noise a dog."""
+    """200 images of several sizes as a prepared cats_vs_dogs: reddish cats, bluish dogs."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -27,15 +27,19 @@ def tiny_tfds(tmp_path_factory):
         image[..., 2 * label] += 100
         examples.append((i, {"image": image, "image/filename": f"{i}.jpg", "label": label}))
     where = tmp_path_factory.mktemp("tfds")
-    tfds.dataset_builders.store_as_tfds_dataset("cats_vs_dogs", "4.0.1", features, {"train": examples}, data_dir=where)
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "cats_vs_dogs", "4.0.1", features, {"train": examples}, data_dir=where)
     return where
 
 
 @pytest.fixture
 def tiny_cats(tiny_tfds, tmp_path, monkeypatch):
-    """Make the tiny data set the one that is found; returns the test's folder, whose `cache` holds the decoded file."""
+    """Make the tiny data set the one that is found; returns the test's folder.
+
+    Its `cache` holds the decoded file.
+    """
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds))
     monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     yield tmp_path
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()

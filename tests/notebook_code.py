@@ -12,7 +12,7 @@ NOTEBOOKS = pathlib.Path(__file__).resolve().parents[1] / "notebooks"
 
 
 def from_notebook(name, *definitions):
-    """Run the cells that begin with these definitions, such as "def count_layer", and return the last function."""
+    """Run the cells that begin with these, such as "def count_layer"; return the last function."""
     cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     names = {"rh": rh, "np": np, "pd": pd, "math": math}

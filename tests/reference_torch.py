@@ -1,4 +1,4 @@
-"""The paper's nets once more, in PyTorch and torchvision's conventions; shares no code with resnet_helpers."""
+"""The paper's nets in PyTorch and torchvision's conventions; no code shared with the helper."""
 
 import torch
 from torch import nn
@@ -17,13 +17,25 @@ class Unit(nn.Module):
     def __init__(self, inputs, width, stride, bottleneck, shortcut, v15):
         super().__init__()
         outputs = 4 * width if bottleneck else width
-        self.stride, self.missing, self.shortcut, self.projection = stride, outputs - inputs, shortcut, None
+        self.stride, self.missing, self.shortcut, self.projection = (
+            stride,
+            outputs - inputs,
+            shortcut,
+            None,
+        )
         if bottleneck:
             first, second = (1, stride) if v15 else (stride, 1)
             self.branch = nn.ModuleList(
-                [ConvBN(inputs, width, 1, first), ConvBN(width, width, 3, second), ConvBN(width, outputs, 1)])
+                [
+                    ConvBN(inputs, width, 1, first),
+                    ConvBN(width, width, 3, second),
+                    ConvBN(width, outputs, 1),
+                ]
+            )
         else:
-            self.branch = nn.ModuleList([ConvBN(inputs, outputs, 3, stride), ConvBN(outputs, outputs, 3)])
+            self.branch = nn.ModuleList(
+                [ConvBN(inputs, outputs, 3, stride), ConvBN(outputs, outputs, 3)]
+            )
         changes = stride > 1 or inputs != outputs
         if shortcut == "projection_all" or (shortcut == "projection" and changes):
             self.projection = ConvBN(inputs, outputs, 1, stride)
@@ -56,7 +68,10 @@ class Net(nn.Module):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
                 unit = Unit(inputs, width << stage, stride, bottleneck, shortcut, v15)
-                self.units[f"conv{stage + 2}_block{i + 1}"], inputs = unit, unit.branch[-1][0].out_channels
+                self.units[f"conv{stage + 2}_block{i + 1}"], inputs = (
+                    unit,
+                    unit.branch[-1][0].out_channels,
+                )
         self.fc = nn.Linear(inputs, classes)
 
     def forward(self, x):
@@ -67,7 +82,7 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def load(self, weights):
-        """Take weights as {layer name: list of arrays} in Keras's order and layout; every one must be used."""
+        """Take weights, {layer name: arrays} in Keras's order and layout; each must be used."""
         pairs = {"conv1": self.stem}
         for name, unit in self.units.items():
             pairs |= {f"{name}_{i}": pair for i, pair in enumerate(unit.branch, 1)}

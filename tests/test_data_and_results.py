@@ -1,14 +1,18 @@
-"""The data (a tiny cats_vs_dogs in TFDS's own format) and what is saved, read back, compared and refused."""
+"""The data (a tiny cats_vs_dogs in TFDS's own format); what is saved, read, compared, refused."""
 
 import hashlib
 import json
 import pathlib
+import shutil
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import resnet_helpers as rh
+import scipy.stats
 from notebook_code import format_percent
 
 
@@ -18,22 +22,66 @@ def test_split_sizes_values_and_one_decoding(tiny_cats, capsys):
     assert list(data.class_names) == ["cat", "dog"] and data.train_images.dtype == np.uint8
     assert data.train_images.shape == (140, 32, 32, 3)
     # A cat of the tiny data set is red, a dog blue: the images still belong to their labels.
-    for images, labels in ((data.train_images, data.train_labels), (data.val_images, data.val_labels)):
+    for images, labels in ((data.train_images, data.train_labels),
+                           (data.val_images, data.val_labels)):
         assert ((images[..., 2].mean((1, 2)) > images[..., 0].mean((1, 2))) == labels).all()
     assert "Decoding" in capsys.readouterr().out
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     again = rh.load_data()
     assert "Decoding" not in capsys.readouterr().out
-    assert (again.train_images == data.train_images).all() and (again.class_names == data.class_names).all()
+    assert (again.train_images == data.train_images).all()
+    assert (again.class_names == data.class_names).all()
 
 
 def test_resizing_is_that_of_the_notebook(tiny_cats):
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    raw = next(iter(tfds.load("cats_vs_dogs", split="train[70%:]", data_dir=rh.data_dir())))["image"]
-    small = tf.image.resize(raw, [32, 32], antialias=True).numpy() / 255
+    raw = next(iter(tfds.load("cats_vs_dogs", split="train[70%:]", data_dir=rh.data_dir())))
+    small = tf.image.resize(raw["image"], [32, 32], antialias=True).numpy() / 255
     assert abs(small - rh.normalize(rh.load_data().val_images[0])).max() <= 0.5001 / 255
+
+
+def test_a_folder_of_pictures_is_a_data_set(tmp_path, monkeypatch):
+    """Three classes, red, green and blue pictures of several sizes; text files do not count."""
+    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
+    folder = tmp_path / "pictures"
+    monkeypatch.setenv("RESNET_DATASET", str(folder))
+    for label, name in enumerate(("a", "b", "c")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "notes.txt").write_text("no picture")
+        for i in range(10):
+            picture = np.zeros((40 + i, 50, 3), "uint8")
+            picture[..., label] = 200
+            keras.utils.save_img(folder / name / f"{i}.png", picture, scale=False)
+    rh._load.cache_clear()
+    assert rh.prepare_dataset("test") == rh.get_dataset() == str(folder)
+    data = rh.load_data()
+    assert list(data.class_names) == ["a", "b", "c"]
+    assert (len(data.train_labels), len(data.val_labels)) == (21, 9)
+    for images, labels in ((data.train_images, data.train_labels),
+                           (data.val_images, data.val_labels)):
+        assert images.shape[1:] == (32, 32, 3) and (images.mean((1, 2)).argmax(1) == labels).all()
+    config = rh.make_config("resnet18", "full")
+    assert (config["train_images"], config["val_images"]) == (21, 9)
+    path = rh.run_path(config)
+    assert path.parent == rh.results_folder("full") and path.name.startswith("resnet18-pictures-")
+    assert path.parent != rh.results_folder("full", str(tmp_path / "other" / "pictures"))
+    (folder / "c" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="broken.png"):
+        rh.load_data()
+    shutil.rmtree(folder / "b")
+    shutil.rmtree(folder / "c")
+    with pytest.raises(ValueError, match="at least two subfolders"):
+        rh.load_data()
+    rh._load.cache_clear()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
+    for call in (rh.load_data, lambda name: rh.prepare_dataset("quick", name)):
+        with pytest.raises((FileNotFoundError, ValueError), match=str(tmp_path / "nowhere")):
+            call(str(tmp_path / "nowhere"))
 
 
 def test_normalize():
@@ -42,12 +90,13 @@ def test_normalize():
     np.testing.assert_allclose(rh.normalize(images), [0, 0.2, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2],
+                                    lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:]])
 def test_a_damaged_file_of_images_is_named(tiny_cats, damage):
     expected = rh.load_data().train_images
     (path,) = (tiny_cats / "cache").glob("*.npz")
     path.write_bytes(damage(path.read_bytes()))
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     with pytest.raises(ValueError, match="npz is damaged .*Move it away"):
         rh.load_data()
     path.unlink()
@@ -56,22 +105,22 @@ def test_a_damaged_file_of_images_is_named(tiny_cats, damage):
 
 def test_images_that_cannot_be_kept_are_an_error(tiny_cats, monkeypatch):
     (tiny_cats / "file").write_text("")
-    monkeypatch.setenv("RESNET_DATA", str(tiny_cats / "file"))  # not a folder: nothing can be written into it
+    monkeypatch.setenv("RESNET_DATA", str(tiny_cats / "file"))  # no folder: nothing can go into it
     with pytest.raises(OSError, match="Cannot write .*RESNET_DATA"):
         rh.load_data()
 
 
 def test_decoded_images_need_no_prepared_data_set(tiny_cats, monkeypatch):
     expected = rh.load_data().train_images
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_cats / "none"))
     assert rh.prepare_dataset("full") == "cats_vs_dogs"
     assert (rh.load_data().train_images == expected).all()
-    with pytest.raises(FileNotFoundError, match="cats_vs_dogs is not in .*prepare_dataset"):
+    with pytest.raises(FileNotFoundError, match="cats_vs_dogs is not on .*prepare_dataset"):
         rh.load_data(image_size=64)
     (path,) = (tiny_cats / "cache").glob("*.npz")
     path.write_bytes(path.read_bytes()[:-1000])
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     with pytest.raises(ValueError, match="npz is damaged"):  # nothing to decode it from
         rh.load_data()
 
@@ -87,7 +136,7 @@ def test_the_newest_version_is_a_number_and_not_a_word(tmp_path, monkeypatch):
     for version in ("4.0.9", "4.0.10"):
         (tmp_path / "cats_vs_dogs" / version).mkdir(parents=True)
         (tmp_path / "cats_vs_dogs" / version / "dataset_info.json").write_text(version)
-    assert hashlib.sha256(b"4.0.10").hexdigest()[:8] in rh._decoded("cats_vs_dogs", 32).name
+    assert hashlib.sha256(b"4.0.10").hexdigest()[:8] in rh._decoded_path("cats_vs_dogs", 32).name
 
 
 def test_an_empty_setting_means_the_default_and_home_is_expanded(monkeypatch):
@@ -133,7 +182,7 @@ def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch,
         rh.prepare_dataset("full")
     assert rh.prepare_dataset("quick") == rh.DIGITS == rh.prepare_dataset("quick")
     assert capsys.readouterr().out.count("NO CATS, NO DOGS") == 2
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     data = rh.load_data(rh.DIGITS)
     assert len(data.train_labels) + len(data.val_labels) == 1797 and len(data.class_names) == 10
     config = rh.make_config("resnet34", "quick", rh.DIGITS)
@@ -150,8 +199,27 @@ def test_without_network_full_stops_and_quick_uses_digits(tmp_path, monkeypatch,
      "schedule out of half an epoch up, cosine down. Received: 'constant'"),
     (lambda: rh.make_config("resnet34", shortcut="none"),
      "shortcut out of zero_pad, projection, projection_all. Received: 'none'"),
-    (lambda: rh.make_config("plain34", shortcut="projection"), "shortcut out of none. Received: 'projection'"),
-    (lambda: rh.make_config("resnet18", optimizer="lion"), "optimizer out of adam, sgd. Received: 'lion'"),
+    (lambda: rh.make_config("plain34", shortcut="projection"),
+     "shortcut out of none. Received: 'projection'"),
+    (lambda: rh.make_config("resnet18", optimizer="lion"),
+     "optimizer out of adam, sgd. Received: 'lion'"),
+    (lambda: rh.make_config("plain18", zero_gamma=True), "zero_gamma out of False. Received: True"),
+    (lambda: rh.make_config("plain18", shortcut_scale=0.5),
+     "shortcut_scale out of 1.0. Received: 0.5"),
+    (lambda: rh.make_config("resnet18", stem="foo"),
+     "stem out of imagenet, cifar. Received: 'foo'"),
+    (lambda: rh.make_config("resnet18", batch_size=0), "batch_size, int from 1 .* Received: 0"),
+    (lambda: rh.make_config("resnet18", epochs=0), "epochs, int from 1 .* Received: 0"),
+    (lambda: rh.make_config("resnet18", seed=None), "seed, int from 0 .* Received: None"),
+    (lambda: rh.make_config("resnet18", seed=-1), "seed, int from 0 .* Received: -1"),
+    (lambda: rh.make_config("resnet18", train_images=10.5),
+     "train_images, int from 1 .* Received: 10.5"),
+    (lambda: rh.make_config("resnet18", learning_rate="0.001"),
+     "learning_rate, float from 0 .* Received: '0.001'"),
+    (lambda: rh.make_config("resnet18", learning_rate=float("nan")),
+     "learning_rate, float from 0 .* Received: nan"),
+    (lambda: rh.make_config("resnet18", mirrored=1.5),
+     "mirrored, float from 0 to 1. Received: 1.5"),
 ])
 def test_errors_name_what_is_allowed(call, words):
     with pytest.raises(ValueError, match=words):
@@ -160,17 +228,23 @@ def test_errors_name_what_is_allowed(call, words):
 
 def test_profiles_are_what_the_readme_says():
     assert rh.PROFILES["full"] == {"train_images": 16_283, "val_images": 6_979, "epochs": 15}
-    quick = rh.PROFILES["quick"]
-    assert quick == {"train_images": 1_280, "val_images": 512, "epochs": 4, "batch_size": 32}
+    readme = (pathlib.Path(rh.__file__).parent / "README.md").read_text()
+    full, quick, test = (rh.PROFILES[name] for name in ("full", "quick", "test"))
+    assert f"`full` (all images, {full['epochs']} epochs)" in readme
+    for name, profile in (("quick", quick), ("test", test)):
+        images, epochs = profile["train_images"], profile["epochs"]
+        assert f"`{name}` ({images:,} images, {epochs} epochs)" in readme
+    assert f"({quick['train_images']:,} training images, {quick['epochs']} epochs" in readme
 
 
-ACCURACY = {"plain34": [0.60, 0.64], "resnet34": [0.70, 0.72], "plain50": [0.50, 0.54], "resnet50": [0.68, 0.66]}
+ACCURACY = {"plain34": [0.60, 0.64], "resnet34": [0.70, 0.72], "plain50": [0.50, 0.54],
+            "resnet50": [0.68, 0.66]}
 
 
 def made_run(model, seed=0, last=None, status="finished", **changes):
     config = rh.make_config(model, "test", seed=seed, **changes)
     last = ACCURACY[model][seed] if last is None else last
-    history = {key: [0.5, last] for key in rh.HISTORY}
+    history = {key: [0.5] * (config["epochs"] - 1) + [last] for key in rh.HISTORY}
     history["val_accuracy"][0] = 0.9  # the best epoch is not the last one
     environment = {"backend": "tensorflow", "device": "CPU x86_64", "images_crc32": 1}
     return {"config": config, "status": status, "history": history, "environment": environment}
@@ -185,20 +259,42 @@ def save(folder, *runs):
 
 def test_save_load_table_round_trip(tmp_path):
     runs = save(tmp_path, *(made_run(model, seed) for model in ACCURACY for seed in (0, 1)))
-    assert len(runs) == 16 and set(runs.epoch) == {1, 2}
+    assert len(runs) == 16 and set(runs.epoch) == {1, 2} and set(runs.classes) == {2}
     table = rh.ablation_table(runs)
-    assert list(table.index) == ["34 layers", "50 layers"] and list(table.seeds) == [2, 2]
+    assert list(table.index) == ["34 layers", "50 layers"]
+    assert set(table["plain seeds"]) == set(table["residual seeds"]) == {2}
+    assert set(table["plain rate"]) == set(table["residual rate"]) == {0.001}
     np.testing.assert_allclose(table.plain, [0.62, 0.52])
     np.testing.assert_allclose(table.residual, [0.71, 0.67])
     np.testing.assert_allclose(table.difference, [0.09, 0.15])
-    np.testing.assert_allclose(table["difference sd"], np.std([[0.10, 0.08], [0.18, 0.12]], axis=1, ddof=1))
-    # t(0.975, one degree of freedom) = 12.706
-    np.testing.assert_allclose(table["95% half width"], 12.7062 * table["difference sd"] / 2**0.5, rtol=1e-5)
-    assert format_percent(table).loc["34 layers", "residual"] == "71.0 ± 1.4"
+    np.testing.assert_allclose(table["plain sd"], 0.04 / 2**0.5)  # half the range, times sqrt(2)
+    np.testing.assert_allclose(table["residual sd"], 0.02 / 2**0.5)
+    # The standard errors of the means are 0.02 and 0.01. Welch's degrees of freedom:
+    freedom = (0.02**2 + 0.01**2) ** 2 / (0.02**4 + 0.01**4)
+    half = scipy.stats.t.ppf(0.975, freedom) * (0.02**2 + 0.01**2) ** 0.5
+    np.testing.assert_allclose(table.low, table.difference - half)
+    np.testing.assert_allclose(table.high, table.difference + half)
+    shown = format_percent(table)
+    assert shown.loc["34 layers", "residual"] == "71.0 ± 1.4"
+    ends = f"{9 - 100 * half:+.1f}, {9 + 100 * half:+.1f}"
+    assert shown.loc["34 layers", "difference"] == f"+9.0 [{ends}]"
     back = pd.read_csv(pd.io.common.StringIO(table.to_csv()), index_col=0)
     pd.testing.assert_frame_equal(back, table, check_dtype=False)
-    words = format_percent(table).to_markdown().splitlines()[2].split()
+    words = shown.to_markdown().splitlines()[2].split()
     assert words[:8] == "| 34 layers | 62.0 ± 2.8 |".split()
+
+
+def test_the_interval_is_welchs_and_needs_no_equal_numbers_of_seeds(tmp_path):
+    plain, residual = [0.60, 0.64, 0.71, 0.52], [0.70, 0.72, 0.69]
+    table = rh.ablation_table(save(
+        tmp_path, *(made_run("plain34", seed, last) for seed, last in enumerate(plain)),
+        *(made_run("resnet34", 5 + seed, last) for seed, last in enumerate(residual))))
+    assert (table["plain seeds"].item(), table["residual seeds"].item()) == (4, 3)
+    errors = [np.var(values, ddof=1) / len(values) for values in (plain, residual)]
+    freedom = sum(errors) ** 2 / (errors[0] ** 2 / 3 + errors[1] ** 2 / 2)
+    half = scipy.stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
+    middle = np.mean(residual) - np.mean(plain)
+    np.testing.assert_allclose(table[["low", "high"]].iloc[0], [middle - half, middle + half])
 
 
 def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
@@ -216,16 +312,46 @@ def test_diverged_runs_have_no_number(tmp_path):
     assert list(format_percent(table).loc["34 layers"]) == ["diverged", "70.0", "diverged"]
 
 
-@pytest.mark.parametrize("change, file", [({"epochs": 3}, "resnet34-epochs_3-seed0.json"),
-                                          ({"learning_rate": 0.1}, "resnet34-learning_rate_0.1-seed0.json"),
-                                          ({"train_images": 95}, "resnet34-train_images_95-seed0.json"),
-                                          ({"stem": "cifar"}, "resnet34-stem_cifar-seed0.json"),
-                                          ({"optimizer": "sgd"}, "resnet34-optimizer_sgd-seed0.json")])
+def test_one_diverged_seed_of_several_leaves_no_mean_and_no_interval(tmp_path):
+    runs = [made_run(model, seed) for model in ("plain34", "resnet34") for seed in (0, 1)]
+    runs[0]["status"], runs[0]["history"]["loss"][1] = "diverged", None
+    row = rh.ablation_table(save(tmp_path, *runs)).loc["34 layers"]
+    assert row[["plain", "plain sd", "difference", "low", "high"]].isna().all()
+    assert row.residual == pytest.approx(0.71) and row["plain seeds"] == 2
+
+
+def test_runs_that_hardly_learned_are_counted(tmp_path):
+    """Their training loss in the last epoch is above 98% of the logarithm of the classes."""
+    runs = [made_run(model, seed) for model in ("plain34", "resnet34") for seed in (0, 1, 2)
+            if seed < len(ACCURACY[model])]
+    for run, loss in zip(runs, (0.67, 0.69, 0.68, 0.60)):
+        run["history"]["loss"][1] = loss
+    table = rh.ablation_table(save(tmp_path / "2", *runs))  # the limit is 0.679
+    assert table["plain hardly learned"].item() == table["residual hardly learned"].item() == 1
+    for run, loss in zip(runs, (2.25, 2.26, 2.27, 2.0)):  # the limit is 2.257
+        run["history"]["loss"][1], run["environment"]["classes"] = loss, 10
+    table = rh.ablation_table(save(tmp_path / "10", *runs))
+    assert table["plain hardly learned"].item() == table["residual hardly learned"].item() == 1
+
+
+@pytest.mark.parametrize("change, file", [
+    ({"epochs": 3}, "resnet34-test-epochs_3-seed0.json"),
+    ({"train_images": 95}, "resnet34-test-train_images_95-seed0.json"),
+    ({"optimizer": "sgd"}, "resnet34-test-optimizer_sgd-seed0.json"),
+    ({"batch_size": 32}, "resnet34-test-batch_size_32-seed0.json")])
 def test_unequal_runs_are_refused_by_name(tmp_path, change, file):
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34", **change))
     with pytest.raises(ValueError, match=rf"differ in {next(iter(change))} ") as error:
         rh.ablation_table(runs)
-    assert "plain34-seed0.json" in str(error.value) and file in str(error.value)
+    assert "plain34-test-seed0.json" in str(error.value) and file in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"stem": "cifar"}, {"stride_in": "3x3"}, {"mirrored": 1.0}])
+def test_networks_with_different_starts_are_no_twins(tmp_path, change):
+    runs = save(tmp_path, made_run("plain34"), made_run("resnet34", **change))
+    with pytest.raises(ValueError, match="plain34 beside resnet34") as error:
+        rh.ablation_table(runs)
+    assert runs.file.iloc[-1] in str(error.value)
 
 
 def test_unequal_machines_and_a_missing_twin_are_refused(tmp_path):
@@ -233,10 +359,33 @@ def test_unequal_machines_and_a_missing_twin_are_refused(tmp_path):
         plain, other = made_run("plain34"), made_run("resnet34")
         plain["environment"]["labels_crc32"] = 7
         other["environment"] |= {"labels_crc32": 7, key: "another"}
-        with pytest.raises(ValueError, match=f"differ in {key} .*plain34-seed0.json.*resnet34-seed0.json"):
+        files = "plain34-test-seed0.json.*resnet34-test-seed0.json"
+        with pytest.raises(ValueError, match=f"differ in {key} .*{files}"):
             rh.ablation_table(save(tmp_path / key, plain, other))
-    with pytest.raises(ValueError, match="runs of plain34 beside resnet34. Received: .'resnet34'."):
+    with pytest.raises(ValueError, match="plain34 beside resnet34.*resnet34-test-seed0.json"):
         rh.ablation_table(save(tmp_path / "alone", made_run("resnet34")))
+    with pytest.raises(ValueError, match="plain50-test-seed0.json"):
+        rh.ablation_table(save(tmp_path / "plain", made_run("plain34"), made_run("resnet34"),
+                               made_run("plain50")))
+
+
+def test_equal_names_from_two_folders_are_refused(tmp_path):
+    pair = made_run("plain34"), made_run("resnet34")
+    one = save(tmp_path / "one", *pair)
+    other = save(tmp_path / "other", pair[0], made_run("resnet50"))
+    name = rh.run_path(pair[0]["config"]).name
+    with pytest.raises(ValueError, match=name) as error:
+        rh.ablation_table(pd.concat([one, other]))
+    assert "resnet" not in str(error.value)
+
+
+def test_a_copied_file_is_refused(tmp_path):
+    plain = made_run("plain34")
+    save(tmp_path, plain, made_run("resnet34"))
+    path = rh.run_path(plain["config"], tmp_path)
+    shutil.copy(path, tmp_path / "plain34-copy.json")
+    with pytest.raises(ValueError, match=f"plain34-copy.json.*{path.name}"):
+        rh.ablation_table(rh.read_runs(tmp_path))
 
 
 def test_a_run_without_a_checksum_of_the_labels_is_comparable(tmp_path):
@@ -245,43 +394,85 @@ def test_a_run_without_a_checksum_of_the_labels_is_comparable(tmp_path):
     assert rh.ablation_table(save(tmp_path, old, new)).difference.item() == pytest.approx(0.1)
 
 
-def test_each_pair_has_its_own_seeds(tmp_path):
-    """One more seed of one network, or one more network of one seed, leaves everything else as it was."""
+def test_each_network_has_its_own_seeds(tmp_path):
+    """One more seed of a network changes that network alone; one more pair changes nothing."""
     grid = [made_run(model, seed) for model in ("plain34", "resnet34") for seed in (0, 1)]
-    alone = rh.ablation_table(save(tmp_path / "a", *grid))
+    alone = rh.ablation_table(save(tmp_path / "a", *grid)).loc["34 layers"]
     more = [made_run("resnet34", 2, last=0.1), made_run("plain50"), made_run("resnet50")]
     table = rh.ablation_table(save(tmp_path / "b", *grid, *more))
-    pd.testing.assert_frame_equal(table.loc[["34 layers"]], alone)
-    assert table.seeds["50 layers"] == 1 and np.isnan(table["95% half width"]["50 layers"])
+    row, kept = table.loc["34 layers"], [name for name in alone.index if name.startswith("plain")]
+    pd.testing.assert_series_equal(row[kept], alone[kept], check_names=False)
+    assert row["residual seeds"] == 3 and row.residual == pytest.approx((0.7 + 0.72 + 0.1) / 3)
+    one = table.loc["50 layers"]
+    assert one["plain seeds"] == 1 and one[["plain sd", "low", "high"]].isna().all()
+    assert one.difference == pytest.approx(0.18)
 
 
 def test_each_network_at_its_own_rate(tmp_path):
     runs = save(tmp_path, *(made_run(model, last=0.5 + rate, learning_rate=rate)
                             for model in ("plain34", "resnet34") for rate in (0.1, 0.2)))
-    with pytest.raises(ValueError, match="differ in learning_rate"):
+    with pytest.raises(ValueError, match="one learning rate") as error:
         rh.ablation_table(runs)
-    table = rh.ablation_table(runs, rates={"plain34": 0.1, "resnet34": 0.2})
-    assert (table.plain.item(), table.residual.item()) == (pytest.approx(0.6), pytest.approx(0.7))
+    for rate in (0.1, 0.2):
+        assert f"plain34-test-learning_rate_{rate}-seed0.json" in str(error.value)
+    own = runs[runs.learning_rate == runs.model.map({"plain34": 0.1, "resnet34": 0.2})]
+    row = rh.ablation_table(own).loc["34 layers"]
+    assert (row.plain, row.residual) == (pytest.approx(0.6), pytest.approx(0.7))
+    assert (row["plain rate"], row["residual rate"]) == (0.1, 0.2)
 
 
 def test_zero_gamma_is_a_third_arm(tmp_path):
-    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), made_run("resnet34", last=0.8, zero_gamma=True))
-    assert list(rh.ablation_table(runs).index) == ["34 layers", "34 layers, zero gamma"]
+    zero_gamma = made_run("resnet34", last=0.8, zero_gamma=True)
+    table = rh.ablation_table(save(tmp_path, made_run("plain34"), made_run("resnet34"), zero_gamma))
+    assert list(table.index) == ["34 layers", "34 layers, zero gamma"]
 
 
-def test_every_change_names_its_file():
-    changes = [{}, {"learning_rate": 3e-4}, {"shortcut": "zero_pad"}, {"epochs": 45}, {"optimizer": "sgd"},
-               {"stem": "cifar"}, {"stride_in": "3x3"}, {"batch_size": 32}, {"image_size": 64}, {"zero_gamma": True}]
+def test_a_mirrored_network_is_compared_with_its_mirrored_twin(tmp_path):
+    table = rh.ablation_table(save(
+        tmp_path, made_run("plain34"), made_run("resnet34"),
+        made_run("resnet34", last=0.65, shortcut_scale=0.5),
+        made_run("plain34", last=0.75, mirrored=1), made_run("resnet34", last=0.8, mirrored=1),
+        made_run("plain34", last=0.3, mirrored=0.5), made_run("resnet34", last=0.7, mirrored=0.5)))
+    expected = {"34 layers": 0.1, "34 layers, shortcut scale 0.5": 0.05,
+                "34 layers, mirrored": 0.05, "34 layers, mirrored 0.5": 0.4}
+    assert table.difference.to_dict() == pytest.approx(expected)
+
+
+def test_every_pair_of_twins_has_a_row(tmp_path):
+    """None takes the place of another: two stems are two pairs."""
+    table = rh.ablation_table(save(
+        tmp_path, made_run("plain34"), made_run("resnet34"),
+        made_run("plain34", last=0.1, stem="cifar"), made_run("resnet34", last=0.3, stem="cifar")))
+    assert sorted(table.difference) == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("profile", ["full", "quick", "a profile of another time"])
+def test_the_table_does_not_depend_on_the_profile(tmp_path, monkeypatch, profile):
+    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"))
+    expected = rh.ablation_table(runs)
+    monkeypatch.setenv("RESNET_PROFILE", profile)
+    pd.testing.assert_frame_equal(rh.ablation_table(rh.read_runs(tmp_path)), expected)
+
+
+def test_every_change_names_its_file(monkeypatch):
+    changes = [{}, {"learning_rate": 3e-4}, {"shortcut": "zero_pad"}, {"epochs": 45},
+               {"optimizer": "sgd"}, {"stem": "cifar"}, {"stride_in": "3x3"}, {"batch_size": 32},
+               {"image_size": 64}, {"zero_gamma": True}, {"mirrored": 1}, {"shortcut_scale": 0.5},
+               {"profile": "quick"}, {"profile": "test"}, {"dataset": "/my/pictures"}, {"seed": 1}]
+    monkeypatch.setitem(rh.SIZES, "/my/pictures", (200, 100))
     names = [rh.run_path(rh.make_config("resnet34", **change)).name for change in changes]
     assert names[:3] == ["resnet34-seed0.json", "resnet34-learning_rate_0.0003-seed0.json",
                          "resnet34-shortcut_zero_pad-seed0.json"]
     assert len(set(names)) == len(names)
-    assert rh.run_path(rh.make_config("resnet20", shortcut="zero_pad")).name == "resnet20-seed0.json"  # as in the paper
+    assert "resnet34-quick-seed0.json" in names and "resnet34-test-seed0.json" in names
+    as_in_the_paper = rh.make_config("resnet20", shortcut="zero_pad")
+    assert rh.run_path(as_in_the_paper).name == "resnet20-seed0.json"
 
 
 def test_a_configuration_survives_json_and_numpy():
     config = rh.make_config("resnet34", seed=np.int64(3), learning_rate=np.float32(0.5))
-    assert rh.make_config(**json.loads(json.dumps(config))) == config and type(config["seed"]) is int
+    assert rh.make_config(**json.loads(json.dumps(config))) == config
+    assert type(config["seed"]) is int
 
 
 def test_no_runs_and_foreign_files(tmp_path):
@@ -291,6 +482,18 @@ def test_no_runs_and_foreign_files(tmp_path):
     with pytest.raises(ValueError, match="foreign.json is damaged or another file"):
         rh.read_runs(tmp_path)
     assert (tmp_path / "foreign.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize("part", ["config", "status", "history", "environment"])
+def test_a_run_with_a_part_missing_is_named(tmp_path, part):
+    save(tmp_path, made_run("plain34"))
+    run = made_run("resnet34")
+    path = rh.run_path(run["config"], tmp_path)
+    del run[part]
+    path.write_text(json.dumps(run))
+    for read in (lambda: rh.read_run(path), lambda: rh.read_runs(tmp_path)):
+        with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+            read()
 
 
 def test_figures_are_opaque_white_png(tmp_path):
@@ -311,9 +514,26 @@ def test_one_colour_per_network_solid_training_dashed_validation(tmp_path):
     for axis, depth in zip(figure.axes, (34, 50, 34, 50)):
         lines = [line for line in axis.get_lines() if len(line.get_xdata())]
         styles = {(matplotlib.colors.to_hex(line.get_color()), line.is_dashed()) for line in lines}
-        networks = f"plain{depth}", f"resnet{depth}"
-        assert styles == {(rh.COLOURS[model], dashed) for model in networks for dashed in (False, True)}
+        assert styles == {(rh.COLOURS[f"{kind}{depth}"], dashed)
+                          for kind in ("plain", "resnet") for dashed in (False, True)}
     plt.close(figure)
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 0.1}, {"mirrored": 1}, {"epochs": 3},
+                                    {"shortcut": "zero_pad"}])
+def test_curves_of_runs_that_differ_in_more_than_the_seed_are_refused(tmp_path, change):
+    runs = save(tmp_path, made_run("resnet34"), made_run("resnet34", 1, **change))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        rh.plot_histories(runs)
+
+
+def test_importing_the_helper_leaves_the_look_of_other_figures_alone():
+    code = ("import matplotlib; before = dict(matplotlib.rcParams); import resnet_helpers; "
+            "now = dict(matplotlib.rcParams); "
+            "print([key for key in now if now[key] != before[key]])")
+    folder = pathlib.Path(rh.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]
 
 
 def test_colours_tell_kind_and_depth():
@@ -323,31 +543,34 @@ def test_colours_tell_kind_and_depth():
         red, _, blue = matplotlib.colors.to_rgb(colour)
         assert (red > blue) == model.startswith("plain"), model
     for family in ([18, 34, 50, 101, 152], [20, 32, 44, 56, 110]):
-        assert len({rh.COLOURS[f"{kind}{depth}"] for depth in family for kind in ("plain", "resnet")}) == 10
+        networks = [f"{kind}{depth}" for depth in family for kind in ("plain", "resnet")]
+        assert len({rh.COLOURS[network] for network in networks}) == 10
 
 
 def test_saved_model_loads(tmp_path):
     model = rh.create_model("resnet18", seed=1)
     model.save(tmp_path / "net.keras")
     images = np.random.default_rng(0).random((2, 32, 32, 3), dtype="float32")
-    np.testing.assert_array_equal(model(images), keras.models.load_model(tmp_path / "net.keras")(images))
+    loaded = keras.models.load_model(tmp_path / "net.keras")
+    np.testing.assert_array_equal(model(images), loaded(images))
 
 
 def test_the_helper_can_be_read_in_one_sitting():
     text = pathlib.Path(rh.__file__).read_text()
     lines = text.splitlines()
-    assert len(lines) <= 800 and max(map(len, lines)) <= 110
+    assert len(lines) <= 1200 and max(map(len, lines)) <= 100
 
 
-PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma", "mirrored",
-           "shortcut_scale"]
+PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma",
+           "mirrored", "shortcut_scale"]
 
 
 def test_every_run_has_its_row_in_the_plan():
-    plan = pd.read_csv(pathlib.Path(rh.__file__).parent / "results" / "plan.csv")
+    plan = pd.read_csv(rh.COMMITTED / "plan.csv")
     rows = plan[PLANNED].astype(str).agg(" ".join, axis=1)
     assert rows.is_unique and (plan.minutes > 0).all()
-    paths = {rh.run_path(rh.make_config(profile="full", **row)).name for row in plan[PLANNED].to_dict("records")}
+    configs = [rh.make_config(profile="full", **row) for row in plan[PLANNED].to_dict("records")]
+    paths = {rh.run_path(config).name for config in configs}
     assert len(paths) == len(plan)
-    committed = {path.name for path in (pathlib.Path(rh.__file__).parent / "results/full/cats_vs_dogs").glob("*.json")}
+    committed = {path.name for path in (rh.COMMITTED / "full" / "cats_vs_dogs").glob("*.json")}
     assert len(committed) > 50 and committed <= paths

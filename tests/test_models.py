@@ -41,7 +41,7 @@ def difference(actual, expected):
 
 
 def randomize(model, seed=0):
-    """Random batch norms and biases, around statistics that fit the net: else the image's signal dies or explodes."""
+    """Random batch norms and biases around fitting statistics: else the signal dies or explodes."""
     rng = np.random.default_rng(seed)
     norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     for layer in norms:
@@ -52,7 +52,9 @@ def randomize(model, seed=0):
     for layer in norms:
         *_, mean, variance = layer.get_weights()
         layer.moving_mean.assign(mean + 0.2 * np.sqrt(variance) * rng.normal(size=mean.shape))
-        layer.moving_variance.assign((variance + 0.1 * variance.mean()) * rng.uniform(0.5, 1.5, mean.shape))
+        layer.moving_variance.assign(
+            (variance + 0.1 * variance.mean()) * rng.uniform(0.5, 1.5, mean.shape)
+        )
     bias = model.get_layer("predictions").bias
     bias.assign(rng.normal(size=bias.shape))
     return model
@@ -76,7 +78,7 @@ def kernel_gradients(model, images, labels, names):
     return [gradient.numpy() for gradient in tape.gradient(loss, kernels)]
 
 
-# ------------------------------------------------------------------------------------- other implementations
+# -------------------- other implementations
 
 
 @pytest.mark.parametrize("depth", [50, 101, 152])
@@ -88,19 +90,25 @@ def test_parity_with_keras_applications(depth):
             ours.set_weights(weights)
         weights = randomize(ours).get_weights() if size == 64 else weights
         theirs = getattr(keras.applications, f"ResNet{depth}")(
-            weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None)
+            weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None
+        )
         copied = layer_weights(ours)
         assert copied.keys() == layer_weights(theirs).keys()
         for name, arrays in copied.items():
             layer = theirs.get_layer(name)
             if isinstance(layer, keras.layers.Conv2D):
-                arrays = [*arrays, np.zeros(layer.filters)]  # theirs adds a bias, which the batch norm takes away
+                arrays = [
+                    *arrays,
+                    np.zeros(layer.filters),
+                ]  # theirs adds a bias, which the batch norm takes away
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.epsilon = 1e-5
             layer.set_weights(arrays)
         images = random_images(size, count)
         logits = theirs(images, training=False)
-        assert np.ptp(logits, axis=0).max() > 1e-2 * np.abs(logits).max()  # else the images would not matter
+        assert (
+            np.ptp(logits, axis=0).max() > 1e-2 * np.abs(logits).max()
+        )  # else the images would not matter
         assert difference(ours(images, training=False), logits) <= 1e-5
 
 
@@ -113,38 +121,51 @@ def double_precision():
     keras.config.set_dtype_policy("float32")
 
 
-# In float32 rounding puts some of the millions of values on the other side of a ReLU's kink, where the gradient jumps.
+# In float32 rounding puts some of the millions of values on the other side of a ReLU's kink,
+# where the gradient jumps.
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize("name, size, options", [
-    ("resnet18", 32, {}),
-    ("resnet18", 96, {}),
-    ("resnet18", 32, {"shortcut": "projection_all"}),
-    ("resnet18", 32, {"stem": "cifar"}),
-    ("plain18", 32, {}),
-    ("resnet34", 32, {}),
-    ("resnet34", 32, {"shortcut": "zero_pad"}),
-    ("plain34", 32, {}),
-    ("resnet50", 32, {"stride_in": "3x3"}),
-    ("resnet50", 64, {"stride_in": "3x3"}),
-    ("resnet50", 32, {"shortcut": "zero_pad"}),
-    ("plain50", 32, {}),
-    ("plain50", 64, {"stride_in": "3x3"}),
-    ("resnet20", 32, {}),
-    ("plain20", 32, {}),
-    ("resnet32", 32, {"shortcut": "projection"}),
-    ("resnet56", 32, {}),
-    ("plain56", 32, {}),
-], ids=str)
+@pytest.mark.parametrize(
+    "name, size, options",
+    [
+        ("resnet18", 32, {}),
+        ("resnet18", 96, {}),
+        ("resnet18", 32, {"shortcut": "projection_all"}),
+        ("resnet18", 32, {"stem": "cifar"}),
+        ("plain18", 32, {}),
+        ("resnet34", 32, {}),
+        ("resnet34", 32, {"shortcut": "zero_pad"}),
+        ("plain34", 32, {}),
+        ("resnet50", 32, {"stride_in": "3x3"}),
+        ("resnet50", 64, {"stride_in": "3x3"}),
+        ("resnet50", 32, {"shortcut": "zero_pad"}),
+        ("plain50", 32, {}),
+        ("plain50", 64, {"stride_in": "3x3"}),
+        ("resnet20", 32, {}),
+        ("plain20", 32, {}),
+        ("resnet32", 32, {"shortcut": "projection"}),
+        ("resnet56", 32, {}),
+        ("plain56", 32, {}),
+    ],
+    ids=str,
+)
 def test_parity_with_pytorch(name, size, options):
-    torch = pytest.importorskip("torch", reason="the independent reference is written in PyTorch (a test-only package)")
+    torch = pytest.importorskip(
+        "torch", reason="the independent reference is written in PyTorch (a test-only package)"
+    )
     import reference_torch
 
     ours = randomize(rh.create_model(name, (size, size, 3), 10, seed=1, **options))
     depth = int(name[-2:])
     usual = "zero_pad" if depth in reference_torch.SMALL else "projection"
     shortcut = "none" if name.startswith("plain") else options.get("shortcut", usual)
-    theirs = reference_torch.Net(depth, 10, shortcut, options.get("stride_in") == "3x3",
-                                 options.get("stem") == "cifar").double().eval().requires_grad_(False)
+    theirs = (
+        reference_torch.Net(
+            depth, 10, shortcut, options.get("stride_in") == "3x3", options.get("stem") == "cifar"
+        )
+        .double()
+        .eval()
+        .requires_grad_(False)
+    )
     theirs.load(layer_weights(ours))
     images, labels = random_images(size), np.arange(4)
     logits, gradient = input_gradient(ours, images, labels)
@@ -153,21 +174,27 @@ def test_parity_with_pytorch(name, size, options):
     outputs = theirs(inputs)
     torch.nn.functional.cross_entropy(outputs, torch.tensor(labels)).backward()
     outputs = outputs.detach().numpy()
-    assert np.ptp(outputs, axis=0).max() > 1e-2 * np.abs(outputs).max()  # else the images would not matter
+    assert (
+        np.ptp(outputs, axis=0).max() > 1e-2 * np.abs(outputs).max()
+    )  # else the images would not matter
     assert difference(logits, outputs) <= 1e-11
     assert difference(gradient, inputs.grad.numpy().transpose(0, 2, 3, 1)) <= 1e-11
 
 
-# ----------------------------------------------------------------------------------------------- convolution
+# -------------------- convolution
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("shape", [
-    (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (1, 2), (2, 1), (1, 5), (3, 2), (6, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (8, 8), (1, 2), (2, 1), (1, 5), (3, 2), (6, 3)],
+    ids=str,
+)
 def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
     rng, pad = np.random.default_rng(0), kernel_size // 2
-    # 8 channels: TensorFlow 2.21 on one thread writes past the gradient of a strided 1x1 convolution from 3 to 4.
+    # 8 channels: TensorFlow 2.21 on one thread writes past the gradient of a strided 1x1
+    # convolution from 3 to 4.
     inputs = tf.constant(rng.normal(size=(2, *shape, 8)), "float32")
     layer = rh.Conv2D(8, kernel_size, strides=stride, padding="same", use_bias=False)
     symbolic = layer(keras.Input((*shape, 8)))
@@ -180,10 +207,16 @@ def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
         direction = tf.constant(rng.normal(size=expected.shape), "float32")
         losses = [tf.reduce_sum(result * direction) for result in (outputs, expected)]
     assert symbolic.shape[1:] == outputs.shape[1:]
-    active = rh.Conv2D(8, kernel_size, strides=stride, padding="same", use_bias=False, activation="relu")
+    active = rh.Conv2D(
+        8, kernel_size, strides=stride, padding="same", use_bias=False, activation="relu"
+    )
     active.build(inputs.shape)
     active.kernel.assign(kernel)
     np.testing.assert_array_equal(active(inputs), tf.nn.relu(outputs))
+    biased = rh.Conv2D(8, kernel_size, strides=stride, padding="same")
+    biased.build(inputs.shape)
+    biased.set_weights([kernel, np.arange(8)])
+    np.testing.assert_allclose(biased(inputs), outputs + np.arange(8), atol=1e-4)
     assert difference(outputs, expected) <= 1e-5
     for variable in (inputs, kernel):
         assert difference(*(tape.gradient(loss, variable) for loss in losses)) <= 1e-5
@@ -196,57 +229,96 @@ def test_saved_net_gives_the_same_outputs(tmp_path):
     np.testing.assert_array_equal(loaded(random_images(32)), net(random_images(32)))
 
 
-# ------------------------------------------------------------------------------------------ the paper's tables
+# -------------------- the paper's tables
 
 
-@pytest.mark.parametrize("name, count", [
-    ("resnet18", 11_689_512), ("resnet34", 21_797_672), ("plain34", 21_623_848), ("resnet50", 25_557_032),
-    ("plain50", 22_780_456), ("resnet101", 44_549_160), ("resnet152", 60_192_808),
-])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
+        ("plain34", 21_623_848),
+        ("resnet50", 25_557_032),
+        ("plain50", 22_780_456),
+        ("resnet101", 44_549_160),
+        ("resnet152", 60_192_808),
+    ],
+)
 def test_trainable_parameters_with_1000_classes(name, count):
     net = shared_net(name, 224, 1000)
     assert (trainable(net), stage_table(net).loc["total", "parameters"]) == (count, count)
 
 
-@pytest.mark.parametrize("name, count", [
-    ("resnet34", 21_302_722), ("plain34", 21_127_106), ("resnet50", 23_565_250), ("plain50", 20_780_994),
-])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("resnet34", 21_302_722),
+        ("plain34", 21_127_106),
+        ("resnet50", 23_565_250),
+        ("plain50", 20_780_994),
+    ],
+)
 def test_all_parameters_with_2_classes(name, count):
     assert shared_net(name).count_params() == count
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_zero_padded_shortcuts_have_no_parameters(depth):
-    twins = shared_net(f"resnet{depth}", 224, 1000, shortcut="zero_pad"), shared_net(f"plain{depth}", 224, 1000)
+    twins = (
+        shared_net(f"resnet{depth}", 224, 1000, shortcut="zero_pad"),
+        shared_net(f"plain{depth}", 224, 1000),
+    )
     assert trainable(twins[0]) == trainable(twins[1])
 
 
-# The paper gives one decimal. Its 18 and 34 have shortcuts without multiply-adds (Figure 3), its deeper nets
-# projections: without them ResNet-50 would have 3.5, with them it has 3.86, of which the paper prints 3.8.
-@pytest.mark.parametrize("name, options, units, billions", [
-    ("resnet18", {"shortcut": "zero_pad"}, [2, 2, 2, 2], 1.8),
-    ("resnet34", {"shortcut": "zero_pad"}, [3, 4, 6, 3], 3.6),
-    ("plain34", {}, [3, 4, 6, 3], 3.6),
-    ("resnet50", {}, [3, 4, 6, 3], 3.8),
-    ("resnet101", {}, [3, 4, 23, 3], 7.6),
-    ("resnet152", {}, [3, 8, 36, 3], 11.3),
-])
+# The paper gives one decimal. Its 18 and 34 have shortcuts without multiply-adds (Figure 3), its
+# deeper nets projections: without them ResNet-50 would have 3.5, with them it has 3.86, of which
+# the paper prints 3.8.
+@pytest.mark.parametrize(
+    "name, options, units, billions",
+    [
+        ("resnet18", {"shortcut": "zero_pad"}, [2, 2, 2, 2], 1.8),
+        ("resnet34", {"shortcut": "zero_pad"}, [3, 4, 6, 3], 3.6),
+        ("plain34", {}, [3, 4, 6, 3], 3.6),
+        ("resnet50", {}, [3, 4, 6, 3], 3.8),
+        ("resnet101", {}, [3, 4, 23, 3], 7.6),
+        ("resnet152", {}, [3, 8, 36, 3], 11.3),
+    ],
+)
 def test_stage_table_is_table_1_of_the_paper(name, options, units, billions):
     table = stage_table(shared_net(name, 224, 1000, **options))
     depth = rh.MODELS[name]
-    widths, layers = [64, 128, 256, 512], "1x1, {0}; 3x3, {0}; 1x1, {1}" if depth >= 50 else "3x3, {0}; 3x3, {0}"
+    widths, layers = (
+        [64, 128, 256, 512],
+        "1x1, {0}; 3x3, {0}; 1x1, {1}" if depth >= 50 else "3x3, {0}; 3x3, {0}",
+    )
     outputs = [4 * width if depth >= 50 else width for width in widths]
     sizes = [f"{size}x{size}x{n}" for size, n in zip((56, 28, 14, 7), outputs)]
-    assert list(table.index) == ["conv1", "conv2_x", "conv3_x", "conv4_x", "conv5_x", "classifier", "total"]
+    assert list(table.index) == [
+        "conv1",
+        "conv2_x",
+        "conv3_x",
+        "conv4_x",
+        "conv5_x",
+        "classifier",
+        "total",
+    ]
     assert list(table["output"]) == ["112x112x64", *sizes, "1000", ""]
-    assert list(table["layers"]) == ["7x7, 64", *map(layers.format, widths, outputs), "fc, 1000", ""]
+    assert list(table["layers"]) == [
+        "7x7, 64",
+        *map(layers.format, widths, outputs),
+        "fc, 1000",
+        "",
+    ]
     assert list(table["units"]) == [0, *units, 0, sum(units)]
     assert table.loc["total", "weight layers"] == depth
     assert table.loc["total", "multiply-adds"] / 1e9 == pytest.approx(billions, abs=0.06)
 
 
 # Section 4.2, and the parameters of its Table 6, in millions.
-@pytest.mark.parametrize("depth, millions", [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+@pytest.mark.parametrize(
+    "depth, millions", [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
+)
 def test_networks_of_section_4_2(depth, millions):
     plain, residual = (shared_net(f"{kind}{depth}", classes=10) for kind in ("plain", "resnet"))
     assert trainable(plain) == trainable(residual)  # option A: no parameters in the shortcuts
@@ -260,20 +332,34 @@ def test_networks_of_section_4_2(depth, millions):
     assert table.loc["total", "weight layers"] == depth
 
 
-# ------------------------------------------------------------------------------------------ twins and shortcuts
+# -------------------- twins and shortcuts
 
 
 @pytest.mark.parametrize("depth, units", [(18, 8), (34, 16), (50, 16), (20, 9), (56, 27)])
 def test_twins_differ_in_the_shortcuts_and_nothing_else(depth, units):
     plain, residual = (shared_net(f"{kind}{depth}") for kind in ("plain", "resnet"))
-    adds = [[layer.name for layer in net.layers if isinstance(layer, keras.layers.Add)] for net in (plain, residual)]
+    adds = [
+        [layer.name for layer in net.layers if isinstance(layer, keras.layers.Add)]
+        for net in (plain, residual)
+    ]
     assert list(map(len, adds)) == [0, units]
-    common = [layer.name for layer in residual.layers if layer.name not in adds[1] and "_0_" not in layer.name]
+    common = [
+        layer.name
+        for layer in residual.layers
+        if layer.name not in adds[1] and "_0_" not in layer.name
+    ]
     assert sorted(common) == sorted(layer.name for layer in plain.layers)
     weights = layer_weights(residual)
     for name, arrays in layer_weights(plain).items():
         for ours, twin in zip(arrays, weights[name], strict=True):
             np.testing.assert_array_equal(ours, twin, name)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "plain50", "resnet20"])
+def test_batch_norm_follows_a_batch_as_the_series_says(name):
+    net = shared_net(name)
+    norms = [layer for layer in net.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert {(layer.momentum, layer.epsilon) for layer in norms} == {(0.9, 1e-5)}
 
 
 def test_initial_weights_differ_between_layers_and_seeds():
@@ -285,7 +371,7 @@ def test_initial_weights_differ_between_layers_and_seeds():
 
 
 def residual_branch_at_zero(name, before, unit, **options):
-    """One unit of a net as a model, with a residual branch that is 0, and an input for it with both signs."""
+    """One unit of a net as a model, with a residual branch of 0, and an input of both signs."""
     net = randomize(rh.create_model(name, seed=0, **options))
     last = max(layer.name for layer in net.layers if re.fullmatch(rf"{unit}_[123]_bn", layer.name))
     for weight in (net.get_layer(last).gamma, net.get_layer(last).beta):
@@ -298,14 +384,19 @@ def residual_branch_at_zero(name, before, unit, **options):
 @pytest.mark.parametrize("name", ["resnet34", "plain34", "resnet50", "plain50"])
 def test_unit_with_a_zero_branch_is_the_identity_or_dead(name):
     unit, x = residual_branch_at_zero(name, "conv2_block1_out", "conv2_block2")
-    np.testing.assert_array_equal(unit(x), np.maximum(x, 0) if name.startswith("resnet") else np.zeros_like(x))
+    np.testing.assert_array_equal(
+        unit(x), np.maximum(x, 0) if name.startswith("resnet") else np.zeros_like(x)
+    )
 
 
-@pytest.mark.parametrize("name, before, unit, stride", [
-    ("resnet34", "conv3_block4_out", "conv4_block1", 2),
-    ("resnet50", "pool1_pool", "conv2_block1", 1),
-    ("resnet50", "conv4_block6_out", "conv5_block1", 2),
-])
+@pytest.mark.parametrize(
+    "name, before, unit, stride",
+    [
+        ("resnet34", "conv3_block4_out", "conv4_block1", 2),
+        ("resnet50", "pool1_pool", "conv2_block1", 1),
+        ("resnet50", "conv4_block6_out", "conv5_block1", 2),
+    ],
+)
 def test_zero_padded_shortcut_subsamples_and_adds_empty_channels(name, before, unit, stride):
     model, x = residual_branch_at_zero(name, before, unit, shortcut="zero_pad")
     expected = np.zeros((len(x), *model.output_shape[1:]), "float32")
@@ -317,32 +408,48 @@ def test_zero_padded_shortcut_subsamples_and_adds_empty_channels(name, before, u
 def test_zero_gamma_starts_with_residual_branches_that_are_zero(name):
     usual, zero = (rh.create_model(name, seed=0, zero_gamma=option) for option in (False, True))
     before = layer_weights(usual)
-    changed = {layer for layer, arrays in layer_weights(zero).items()
-               if any((a != b).any() for a, b in zip(arrays, before[layer]))}
+    changed = {
+        layer
+        for layer, arrays in layer_weights(zero).items()
+        if any((a != b).any() for a, b in zip(arrays, before[layer]))
+    }
     last = 3 if name == "resnet50" else 2
-    assert changed == {layer.name.replace("out", f"{last}_bn") for layer in usual.layers if layer.name.endswith("_out")}
+    assert changed == {
+        layer.name.replace("out", f"{last}_bn")
+        for layer in usual.layers
+        if layer.name.endswith("_out")
+    }
     branch = keras.Model(zero.input, [zero.get_layer(layer).output for layer in changed])
     assert not any(np.any(output) for output in branch(random_images(32), training=True))
 
 
-@pytest.mark.parametrize("options, units", [
-    ({"shortcut": "zero_pad"}, 0), ({}, 3), ({"shortcut": "projection_all"}, 16),
-])
+@pytest.mark.parametrize(
+    "options, units",
+    [
+        ({"shortcut": "zero_pad"}, 0),
+        ({}, 3),
+        ({"shortcut": "projection_all"}, 16),
+    ],
+)
 def test_units_with_a_projection(options, units):
     names = [layer.name for layer in shared_net("resnet34", 224, 1000, **options).layers]
     assert sum(name.endswith("_0_conv") for name in names) == units
 
 
-# ------------------------------------------------------------------------------------- starts and scaled shortcuts
+# -------------------- starts and scaled shortcuts
 
 
 def hidden_outputs(net):
     """A model of the outputs of all convolutions' batch norms, each before its ReLU."""
-    return keras.Model(net.input, [layer.output for layer in net.layers if layer.name.endswith("_bn")])
+    return keras.Model(
+        net.input, [layer.output for layer in net.layers if layer.name.endswith("_bn")]
+    )
 
 
 def test_mirrored_kernels_are_mirrored_and_he_is_left_of_them():
-    he, mirrored, half = (rh.create_model("plain20", seed=0, mirrored=share) for share in (0, 1, 0.5))
+    he, mirrored, half = (
+        rh.create_model("plain20", seed=0, mirrored=share) for share in (0, 1, 0.5)
+    )
     for name, (kernel, *_) in layer_weights(mirrored).items():
         if not name.endswith("_conv"):
             continue
@@ -358,7 +465,7 @@ def test_mirrored_kernels_are_mirrored_and_he_is_left_of_them():
 
 @pytest.mark.parametrize("name", ["plain20", "plain56", "plain34", "plain50"])
 def test_a_mirrored_plain_network_is_linear(name):
-    """Batch statistics are those of the start (mean 0, variance 1), so that only the ReLUs could be nonlinear."""
+    """With the start's statistics (mean 0, variance 1) only the ReLUs could be nonlinear."""
     net = rh.create_model(name, (64, 64, 3), seed=0, mirrored=1)
     start = net.get_layer("conv1_relu" if "20" in name or "56" in name else "pool1_pool").output
     linear = keras.Model(start, hidden_outputs(net).outputs[1:])
@@ -368,30 +475,49 @@ def test_a_mirrored_plain_network_is_linear(name):
         return linear(np.concatenate([np.maximum(u, 0), np.maximum(-u, 0)], -1), training=False)
 
     first, second = rng.normal(size=(2, 2, *start.shape[1:3], channels)).astype("float32")
-    for a, b, both in zip(outputs(first), outputs(second), outputs(2 * first - 3 * second), strict=True):
+    for a, b, both in zip(
+        outputs(first), outputs(second), outputs(2 * first - 3 * second), strict=True
+    ):
         assert difference(2 * a - 3 * b, both) <= 1e-5
-        np.testing.assert_allclose(both[..., : both.shape[-1] // 2], -both[..., both.shape[-1] // 2 :],
-                                   atol=1e-5 * np.abs(both).max())
+        np.testing.assert_allclose(
+            both[..., : both.shape[-1] // 2],
+            -both[..., both.shape[-1] // 2 :],
+            atol=1e-5 * np.abs(both).max(),
+        )
     usual = rh.create_model(name, (64, 64, 3), seed=0)
-    usual = keras.Model(usual.get_layer(start._keras_history.operation.name).output, hidden_outputs(usual).outputs[1:])
+    usual = keras.Model(
+        usual.get_layer(start._keras_history.operation.name).output,
+        hidden_outputs(usual).outputs[1:],
+    )
     inputs = np.abs(rng.normal(size=(2, *start.shape[1:]))).astype("float32")
-    assert difference(usual(2 * inputs)[-1], 2 * usual(inputs)[-1]) <= 1e-5  # both are homogeneous ...
-    flipped = np.roll(inputs, channels, -1)  # ... but only a linear network turns -u into the opposite output
+    assert (
+        difference(usual(2 * inputs)[-1], 2 * usual(inputs)[-1]) <= 1e-5
+    )  # both are homogeneous ...
+    flipped = np.roll(
+        inputs, channels, -1
+    )  # ... but only a linear network turns -u into the opposite output
     assert difference(usual(flipped)[-1], -usual(inputs)[-1]) > 0.1
 
 
 def test_a_mirrored_network_keeps_its_form_with_the_statistics_of_a_batch():
-    for output in hidden_outputs(rh.create_model("plain56", seed=0, mirrored=1))(random_images(32, 8), training=True):
+    for output in hidden_outputs(rh.create_model("plain56", seed=0, mirrored=1))(
+        random_images(32, 8), training=True
+    ):
         half = output.shape[-1] // 2
         np.testing.assert_allclose(output[..., :half], -output[..., half:], atol=1e-4)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("resnet20", {}), ("resnet20", {"shortcut": "projection"}), ("resnet50", {})])
+@pytest.mark.parametrize(
+    "name, options", [("resnet20", {}), ("resnet20", {"shortcut": "projection"}), ("resnet50", {})]
+)
 def test_scaled_shortcuts(name, options):
     usual, scaled = (rh.create_model(name, seed=0, shortcut_scale=a, **options) for a in (1, 0.25))
     units = [layer.name for layer in usual.layers if isinstance(layer, keras.layers.Add)]
-    assert units == [layer.name.replace("_scale", "_add") for layer in scaled.layers if layer.name.endswith("_scale")]
+    assert units == [
+        layer.name.replace("_scale", "_add")
+        for layer in scaled.layers
+        if layer.name.endswith("_scale")
+    ]
     assert scaled.count_params() == usual.count_params()
     for unit in (units[0], units[-1]):
         add, scale = scaled.get_layer(unit), scaled.get_layer(unit.replace("_add", "_scale"))
@@ -403,8 +529,10 @@ def test_scaled_shortcuts(name, options):
 
 @pytest.mark.parametrize("shape", [(4, 6, 5, 8), (16, 1, 1, 4), (64, 8, 8, 16)])
 def test_the_fused_batch_norm_equals_kerass(shape):
-    ours, keras_own = (kind(momentum=0.9, epsilon=1e-5) for kind in (
-        rh.BatchNormalization, keras.layers.BatchNormalization))
+    ours, keras_own = (
+        kind(momentum=0.9, epsilon=1e-5)
+        for kind in (rh.BatchNormalization, keras.layers.BatchNormalization)
+    )
     rng = np.random.default_rng(0)
     results = []
     inputs, weight = (tf.constant(rng.normal(0.3, 2, shape), "float32") for _ in range(2))
@@ -423,45 +551,74 @@ def test_the_fused_batch_norm_equals_kerass(shape):
         assert difference(a, b) <= 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------ errors
+# -------------------- errors
 
 
 def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **options):
-    return rh.build_resnet_block(keras.Input((8, 8, 4)), 2, num_units, kernel_sizes, channel_sizes, **options)
+    return rh.build_resnet_block(
+        keras.Input((8, 8, 4)), 2, num_units, kernel_sizes, channel_sizes, **options
+    )
 
 
-@pytest.mark.parametrize("build, received, allowed", [
-    (lambda: rh.create_model("resnet35"), "'resnet35'", "resnet34"),
-    (lambda: rh.create_model("plain18", shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
-    (lambda: rh.create_model("resnet50", stride_in="5x5"), "'5x5'", "1x1, 3x3"),
-    (lambda: rh.create_model("resnet18", stem="mnist"), "'mnist'", "imagenet, cifar"),
-    (lambda: rh.create_model("resnet18", num_classes=1), "1", "at least 2"),
-    (lambda: rh.create_model("resnet18", (32, 31, 3)), "(32, 31, 3)", "at least 32"),
-    (lambda: rh.create_model("resnet20", (7, 8, 3)), "(7, 8, 3)", "at least 8"),
-    (lambda: rh.create_model("resnet18", (7, 8, 3), stem="cifar"), "(7, 8, 3)", "at least 8"),
-    (lambda: rh.create_model("plain18", zero_gamma=True), "is_plain=True", "shortcuts, for zero_gamma"),
-    (lambda: rh.create_model("plain18", shortcut_scale=0.5), "is_plain=True", "shortcuts, for shortcut_scale"),
-    (lambda: rh.create_model("plain18", mirrored=1.5), "1.5", "mirrored from 0 to 1"),
-    (lambda: small_block(channel_sizes=(4, 5), mirrored=1), "(3, 3, 4, 5)", "even numbers of channels"),
-    (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
-    (lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2),
-     "([2, 2], [64])", "equal lengths > 0"),
-    (lambda: small_block((3, 3), (4,)),
-     "((3, 3), (4,))", "equal lengths > 0"),
-    (lambda: small_block((), ()), "((), ())", "equal lengths > 0"),
-    (lambda: small_block(num_units=0), "0", "num_units of at least 1"),
-    (lambda: small_block(shortcut="option_d"), "'option_d'", "zero_pad, projection, projection_all"),
-])
+@pytest.mark.parametrize(
+    "build, received, allowed",
+    [
+        (lambda: rh.create_model("resnet35"), "'resnet35'", "resnet34"),
+        (
+            lambda: rh.create_model("plain18", shortcut="option_d"),
+            "'option_d'",
+            "zero_pad, projection, projection_all",
+        ),
+        (lambda: rh.create_model("resnet50", stride_in="5x5"), "'5x5'", "1x1, 3x3"),
+        (lambda: rh.create_model("resnet18", stem="mnist"), "'mnist'", "imagenet, cifar"),
+        (lambda: rh.create_model("resnet18", num_classes=1), "1", "at least 2"),
+        (lambda: rh.create_model("resnet18", (32, 31, 3)), "(32, 31, 3)", "at least 32"),
+        (lambda: rh.create_model("resnet20", (7, 8, 3)), "(7, 8, 3)", "at least 8"),
+        (lambda: rh.create_model("resnet18", (7, 8, 3), stem="cifar"), "(7, 8, 3)", "at least 8"),
+        (
+            lambda: rh.create_model("plain18", zero_gamma=True),
+            "is_plain=True",
+            "shortcuts, for zero_gamma",
+        ),
+        (
+            lambda: rh.create_model("plain18", shortcut_scale=0.5),
+            "is_plain=True",
+            "shortcuts, for zero_gamma and shortcut_scale",
+        ),
+        (lambda: rh.create_model("plain18", mirrored=1.5), "1.5", "mirrored from 0 to 1"),
+        (
+            lambda: small_block(channel_sizes=(4, 5), mirrored=1),
+            "(3, 3, 4, 5)",
+            "even numbers of channels",
+        ),
+        (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),
+        (
+            lambda: rh.build_resnet((32, 32, 3), [2, 2], [64], 2),
+            "([2, 2], [64])",
+            "equal lengths > 0",
+        ),
+        (lambda: small_block((3, 3), (4,)), "((3, 3), (4,))", "equal lengths > 0"),
+        (lambda: small_block((), ()), "((), ())", "equal lengths > 0"),
+        (lambda: small_block(num_units=0), "0", "num_units of at least 1"),
+        (
+            lambda: small_block(shortcut="option_d"),
+            "'option_d'",
+            "zero_pad, projection, projection_all",
+        ),
+    ],
+)
 def test_errors_name_what_was_received_and_what_is_allowed(build, received, allowed):
     with pytest.raises(ValueError, match=rf"Received: {re.escape(received)}\.") as error:
         build()
     assert allowed in str(error.value)
 
 
-# ------------------------------------------------------------------------------------- what goes through a net
+# -------------------- what goes through a net
 
 
-@pytest.mark.parametrize("stem, size, used", [("imagenet", 8, np.eye(3)[1] * np.eye(3)[:, 1:2]), ("cifar", 32, 1)])
+@pytest.mark.parametrize(
+    "stem, size, used", [("imagenet", 8, np.eye(3)[1] * np.eye(3)[:, 1:2]), ("cifar", 32, 1)]
+)
 def test_kernel_weights_that_see_only_padding_get_no_gradient(stem, size, used):
     net = rh.create_model("resnet34", seed=0, stem=stem)
     assert net.get_layer("conv2_block1_out").output.shape[1:3] == (size, size)
@@ -469,7 +626,7 @@ def test_kernel_weights_that_see_only_padding_get_no_gradient(stem, size, used):
     np.testing.assert_array_equal(np.abs(gradient).max((2, 3)) > 0, np.ones((3, 3)) * used > 0)
 
 
-# ----------------------------------------------------------------------------------------- trained weights
+# -------------------- trained weights
 
 
 @pytest.mark.parametrize("name", ["plain20", "resnet20", "plain56", "resnet56"])
@@ -478,22 +635,33 @@ def test_trained_weights_load_without_data_and_are_small(name, monkeypatch, tmp_
     monkeypatch.setenv("RESNET_DATA", str(tmp_path))
     model = rh.load_trained(name)
     assert model.name == name and (WEIGHTS / f"{name}.weights.h5").stat().st_size < 4e6
-    assert not np.allclose(model.get_weights()[0], rh.create_model(name, seed=1).get_weights()[0], atol=1e-3)
+    assert not np.allclose(
+        model.get_weights()[0], rh.create_model(name, seed=1).get_weights()[0], atol=1e-3
+    )
 
 
 def test_networks_without_trained_weights_are_named():
-    with pytest.raises(ValueError, match="trained network out of plain20, plain56, resnet20, resnet56. Rec.*resnet34"):
+    with pytest.raises(
+        ValueError,
+        match="trained network out of plain20, plain56, resnet20, resnet56. Rec.*resnet34",
+    ):
         rh.load_trained("resnet34")
 
 
 @pytest.mark.parametrize("name", ["plain20", "resnet20", "plain56", "resnet56"])
 def test_trained_weights_are_as_good_as_their_run_and_their_card_says(name):
-    run = rh.read_run(next((ROOT / "results" / "full" / "cats_vs_dogs").glob(f"{name}-learning_rate_*-seed1.json")))
+    run = rh.read_run(
+        next(
+            (ROOT / "results" / "full" / "cats_vs_dogs").glob(f"{name}-learning_rate_*-seed1.json")
+        )
+    )
     accuracy = run["history"]["val_accuracy"][-1]
-    assert f"| {rh.display_name(name)} | {100 * accuracy:.1f} |" in (WEIGHTS / "README.md").read_text()
+    assert (
+        f"| {rh.display_name(name)} | {100 * accuracy:.1f} |" in (WEIGHTS / "README.md").read_text()
+    )
     if name.startswith("plain"):
         return  # time: the residual ones are those that notebook 3 shows
-    rh.load_data.cache_clear()
+    rh._load.cache_clear()
     try:
         data = rh.load_data()
     except FileNotFoundError:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import numpy as np
 import pytest
 import resnet_helpers as rh
 from notebook_code import format_percent
-from training_runs import ROOT, SMALL, add_small_nets, finish, losses, outcome, start, wait_for, write_images
+from training_runs import (
+    ROOT,
+    SMALL,
+    add_small_nets,
+    finish,
+    losses,
+    outcome,
+    start,
+    wait_for,
+    write_images,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,9 +37,9 @@ def small_world(tmp_path_factory):
         for name, value in write_images(tmp_path_factory.mktemp("images") / "decoded").items():
             patch.setenv(name, value)
         add_small_nets(rh, patch.setitem)
-        rh.load_data.cache_clear()
+        rh._load.cache_clear()
         yield
-        rh.load_data.cache_clear()
+        rh._load.cache_clear()
 
 
 def config(**changes):
@@ -61,15 +72,17 @@ def checkpoint(whole, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(1, patch)
         rh.train_run(config(), folder)
-    return folder / "resnet10-seed0.checkpoint.npz"
+    return folder / "resnet10-test-seed0.checkpoint.npz"
 
 
 def train_and_compare(folder, whole, *left):
-    """Train (or go on) in `folder` to the run that was never interrupted; nothing is left there but `left`."""
+    """Train (or go on) in `folder` to the run that was never interrupted; only `left` is left."""
     run = rh.train_run(config(), folder)
     assert outcome(run) == outcome(whole[1])
     assert outcome(rh.read_run(rh.run_path(config(), folder))) == outcome(run)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["resnet10-seed0.json", *left])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["resnet10-test-seed0.json", *left]
+    )
 
 
 def flip_bit(path, offset):
@@ -78,7 +91,7 @@ def flip_bit(path, offset):
     path.write_bytes(content)
 
 
-# ------------------------------------------------------------------------------ exact, also after a stop
+# -------------------- exact, also after a stop
 
 
 def test_same_history_after_another_model_and_in_a_fresh_process(whole, tmp_path):
@@ -96,7 +109,7 @@ def test_goes_on_exactly_after_kill_9(whole, tmp_path, capsys, epoch):
         wait_for(process, "begins" if epoch == 1 else "epoch 1/2")
         process.kill()
     assert not list(tmp_path.glob("*.json"))
-    (tmp_path / ".1234abcd.resnet10-seed0.json").write_text("what a kill while saving leaves")
+    (tmp_path / ".1234abcd.resnet10-test-seed0.json").write_text("what a kill while saving leaves")
     train_and_compare(tmp_path, whole)
     assert ("Going on after epoch 1 of 2" in capsys.readouterr().out) == (epoch == 2)
 
@@ -109,7 +122,9 @@ def test_goes_on_exactly_after_the_stop_button(whole, tmp_path, monkeypatch, cap
             signal.raise_signal(signal.SIGINT)  # what Jupyter's stop button sends
         return fetch(batches, index)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a process started in the background ignores it
     try:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(rh.Batches, "__getitem__", stop)
@@ -128,8 +143,14 @@ def test_learning_rate_rises_for_half_an_epoch_and_ends_at_zero():
     for step in (0, epoch // 4, epoch // 2, epoch // 2 + 1, 8 * epoch, 15 * epoch - 1, 15 * epoch):
         optimizer.iterations.assign(step)
         rates.append(float(optimizer.learning_rate))
-    assert rates[0] == 0 and rates[1] == pytest.approx(5e-4, rel=0.01) and rates[2] == pytest.approx(1e-3)
-    assert rates[2] > rates[3] > rates[4] > rates[5] and rates[5:] == pytest.approx([0, 0], abs=1e-8)
+    assert (
+        rates[0] == 0
+        and rates[1] == pytest.approx(5e-4, rel=0.01)
+        and rates[2] == pytest.approx(1e-3)
+    )
+    assert rates[2] > rates[3] > rates[4] > rates[5] and rates[5:] == pytest.approx(
+        [0, 0], abs=1e-8
+    )
 
 
 def predictions(run):
@@ -138,24 +159,33 @@ def predictions(run):
 
 def test_predictions_are_kept_for_every_validation_image(whole):
     labels = rh.load_data().val_labels[: SMALL["val_images"]]
-    assert np.mean(predictions(whole[1]) == labels) == pytest.approx(whole[1]["history"]["val_accuracy"][-1])
+    assert np.mean(predictions(whole[1]) == labels) == pytest.approx(
+        whole[1]["history"]["val_accuracy"][-1]
+    )
 
 
 def test_kept_weights_are_those_of_the_end_and_nothing_else(whole, tmp_path):
     run = rh.train_run(config(), tmp_path, keep_weights=True)
     assert outcome(run) == outcome(whole[1])
-    weights = tmp_path / "resnet10-seed0.weights.h5"
+    weights = tmp_path / "resnet10-test-seed0.weights.h5"
     model = rh.create_model("resnet10")
     model.load_weights(weights)
-    classes = model(rh.normalize(rh.load_data().val_images[: SMALL["val_images"]])).numpy().argmax(-1)
+    classes = (
+        model(rh.normalize(rh.load_data().val_images[: SMALL["val_images"]])).numpy().argmax(-1)
+    )
     np.testing.assert_array_equal(classes, predictions(run))
-    assert weights.stat().st_size < 1.1 * 4 * model.count_params()  # the optimiser's state would double it at least
+    assert (
+        weights.stat().st_size < 1.1 * 4 * model.count_params()
+    )  # the optimiser's state would double it at least
 
 
 @pytest.mark.parametrize("rate", (1e-2, keras.optimizers.schedules.CosineDecay(1e-2, 10)))
 def test_adam_equals_keras(rate):
     rng = np.random.default_rng(0)
-    start, gradients = rng.uniform(1, 2, (3, 5)).astype("float32"), rng.normal(size=(8, 3, 5)).astype("float32")
+    start, gradients = (
+        rng.uniform(1, 2, (3, 5)).astype("float32"),
+        rng.normal(size=(8, 3, 5)).astype("float32"),
+    )
     results = []
     for kind in (rh.Adam, keras.optimizers.Adam):
         variable, optimizer = keras.Variable(start), kind(rate)
@@ -163,13 +193,15 @@ def test_adam_equals_keras(rate):
             optimizer.apply([keras.ops.convert_to_tensor(gradient)], [variable])
         results.append(np.array(variable))
         state = [np.array(v) for v in optimizer.variables]
-        results.append(np.concatenate([value.ravel() for value in state[2:]]))  # without steps and learning rate
+        results.append(
+            np.concatenate([value.ravel() for value in state[2:]])
+        )  # without steps and learning rate
     assert np.abs(results[0] - start).min() > 1e-4
     np.testing.assert_allclose(results[0], results[2], rtol=1e-6)
     np.testing.assert_allclose(results[1], results[3], rtol=1e-5, atol=1e-7)
 
 
-# -------------------------------------------------------------------------------- damaged, full, diverged
+# -------------------- damaged, full, diverged
 
 
 def truncate(path):
@@ -210,11 +242,19 @@ def fresh(small_world):
     return run, [*model.variables, *model.optimizer.variables]
 
 
-@pytest.mark.parametrize("damage, reason", (
-    (truncate, "not a zip file"), (lambda path: flip_bit(path, 3_000_000), "CRC"),
-    (drop_last, "is not a file in the archive"),
-    (lambda path: path.write_bytes(b""), "No data left"), (lambda path: path.write_text("0" * 999), "")))
-def test_a_checkpoint_that_cannot_be_read_is_named_and_changes_nothing(fresh, checkpoint, tmp_path, damage, reason):
+@pytest.mark.parametrize(
+    "damage, reason",
+    (
+        (truncate, "not a zip file"),
+        (lambda path: flip_bit(path, 3_000_000), "CRC"),
+        (drop_last, "is not a file in the archive"),
+        (lambda path: path.write_bytes(b""), "No data left"),
+        (lambda path: path.write_text("0" * 999), ""),
+    ),
+)
+def test_a_checkpoint_that_cannot_be_read_is_named_and_changes_nothing(
+    fresh, checkpoint, tmp_path, damage, reason
+):
     run, state = fresh
     path = tmp_path / checkpoint.name
     path.write_bytes(checkpoint.read_bytes())
@@ -225,11 +265,19 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_changes_nothing(fresh, ch
     assert path.read_bytes() == kept and all(np.array_equal(a, b) for a, b in zip(before, state))
 
 
-@pytest.mark.parametrize("change, reason", (
-    (make_foreign, "seed: 5, wanted 0"),
-    (lambda path: change_environment(path, device="NVIDIA H100"), "device: 'NVIDIA H100', wanted 'CPU"),
-    (lambda path: change_environment(path, images_crc32=1), "images_crc32: 1, wanted"),
-    (lambda path: change_environment(path, labels_crc32=1), "labels_crc32: 1, wanted")))
+@pytest.mark.parametrize(
+    "change, reason",
+    (
+        (make_foreign, "seed: 5, wanted 0"),
+        (
+            lambda path: change_environment(path, device="NVIDIA H100"),
+            "device: 'NVIDIA H100', wanted 'CPU",
+        ),
+        (lambda path: change_environment(path, backend="jax"), "backend: 'jax', wanted 'tensor"),
+        (lambda path: change_environment(path, images_crc32=1), "images_crc32: 1, wanted"),
+        (lambda path: change_environment(path, labels_crc32=1), "labels_crc32: 1, wanted"),
+    ),
+)
 def test_a_checkpoint_of_another_run_is_refused_and_kept(checkpoint, tmp_path, change, reason):
     path = tmp_path / checkpoint.name
     path.write_bytes(checkpoint.read_bytes())
@@ -245,7 +293,9 @@ def test_another_number_of_threads_goes_on_and_is_told(whole, checkpoint, tmp_pa
     path.write_bytes(checkpoint.read_bytes())
     change_environment(path, threads=77)
     run = rh.train_run(config(), tmp_path)
-    assert [was["threads"] for was in run["earlier_environments"]] == [77] and run["environment"]["threads"] != 77
+    assert [was["threads"] for was in run["earlier_environments"]] == [77] and run["environment"][
+        "threads"
+    ] != 77
     assert outcome(run) == outcome(whole[1])
 
 
@@ -280,33 +330,44 @@ def test_a_learning_rate_that_is_too_high_diverges(tmp_path):
 def test_a_finished_run_is_loaded_and_nothing_is_deleted(whole, tmp_path, monkeypatch):
     path = rh.run_path(config(), tmp_path)
     path.write_bytes(rh.run_path(config(), whole[0]).read_bytes())
-    (tmp_path / "resnet10-seed0.checkpoint.npz").write_text("of a training that somebody wants to go on with")
-    (tmp_path / ".1234abcd.resnet10-seed0.json").write_text("of another process, which is just writing")
+    (tmp_path / "resnet10-test-seed0.checkpoint.npz").write_text(
+        "of a training that somebody wants to go on with"
+    )
+    (tmp_path / ".1234abcd.resnet10-test-seed0.json").write_text(
+        "of another process, which is just writing"
+    )
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(rh, "load_data", lambda *_: fail("training"))
     assert outcome(rh.train_run(config(), tmp_path)) == outcome(whole[1])
     assert sorted(tmp_path.iterdir()) == before
     path.rename(rh.run_path(config(epochs=3), tmp_path))
-    with pytest.raises(ValueError, match=r"resnet10-epochs_3-seed0\.json belongs to another run "
-                                         r"\(epochs: 2, wanted 3\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"resnet10-test-epochs_3-seed0\.json belongs to another run "
+        r"\(epochs: 2, wanted 3\)",
+    ):
         rh.train_run(config(epochs=3), tmp_path)
 
 
-@pytest.mark.parametrize("damage", (truncate, lambda path: path.write_bytes(b""), lambda path: path.write_text("[]")))
+@pytest.mark.parametrize(
+    "damage", (truncate, lambda path: path.write_bytes(b""), lambda path: path.write_text("[]"))
+)
 def test_a_damaged_results_file_is_named_and_kept(whole, tmp_path, damage):
     path = rh.run_path(config(), tmp_path)
     path.write_bytes(rh.run_path(config(), whole[0]).read_bytes())
     damage(path)
     damaged = path.read_bytes()
     for read in (lambda: rh.train_run(config(), tmp_path), lambda: rh.read_runs(tmp_path)):
-        with pytest.raises(ValueError, match=r"resnet10-seed0\.json is damaged"):
+        with pytest.raises(ValueError, match=r"resnet10-test-seed0\.json is damaged"):
             read()
     assert path.read_bytes() == damaged
 
 
 def test_an_unwritable_folder_fails_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="Cannot write .*file.*What was saved before is safe.*RESNET_RESULTS"):
+    with pytest.raises(
+        OSError, match="Cannot write .*file.*What was saved before is safe.*RESNET_RESULTS"
+    ):
         rh.train_runs([config(model="resnet20")], folder=tmp_path / "file" / "results")
 
 
@@ -321,12 +382,12 @@ def test_a_full_disk_loses_nothing(whole, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=rf"Cannot write .*\.npz {reason}. What was saved"):
             rh.train_run(config(), tmp_path)
     assert not list(tmp_path.glob(".*.npz")), "a partial file is left"
-    with np.load(tmp_path / "resnet10-seed0.checkpoint.npz") as file:
+    with np.load(tmp_path / "resnet10-test-seed0.checkpoint.npz") as file:
         assert len(json.loads(str(file["run"]))["history"]["loss"]) == 1
     train_and_compare(tmp_path, whole)
 
 
-# ---------------------------------------------------------------------------------- a run is a process
+# -------------------- a run is a process
 
 TINY = {"profile": "quick", "epochs": 2, "train_images": 48, "val_images": 16, "batch_size": 32}
 
@@ -336,93 +397,245 @@ def tiny(model="resnet20", **changes):
 
 
 def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeypatch, capsys):
-    configs = [tiny(), tiny("plain20")]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        table = rh.train_runs(configs, pool, folder=tmp_path / "processes", keep_weights=True)
+    configs, shown = [tiny(), tiny("plain20")], []
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    monkeypatch.setattr(rh, "_cores", lambda: 2)
+    with rh.process_pool(2) as pool:
+        table = rh.train_runs(
+            configs, pool, tmp_path / "processes", keep_weights=True, show=shown.append
+        )
     printed = capsys.readouterr().out
     for number, name in ((1, "ResNet-20"), (2, "plain-20")):
         for epoch in (1, 2):
             assert f"[{number}/2] {name}, seed 0, epoch {epoch}/2: loss" in printed
     assert len(table) == 4 and not list((tmp_path / "processes").glob(".*"))
-    assert all(rh.run_path(one, tmp_path / "processes").with_suffix(".weights.h5").exists() for one in configs)
+    assert shown and len(shown[-1]) == 4
     for one in configs:
-        assert outcome(rh.train_run(one, tmp_path / "here")) == outcome(rh.train_run(one, tmp_path / "processes"))
+        path = rh.run_path(one, tmp_path / "processes")
+        assert path.with_suffix(".weights.h5").exists()
+        assert rh.read_run(path)["environment"]["threads"] == 1
+        assert outcome(rh.train_run(one, tmp_path / "here")) == outcome(rh.read_run(path))
     again = rh.train_runs(configs, folder=tmp_path / "processes")
     assert capsys.readouterr().out.count("loaded, not trained again") == 2
     assert again.equals(table)
 
 
-def test_a_run_is_a_command(tmp_path):
-    """With a configuration alone; train_runs above adds options."""
-    config = tiny(epochs=1)
-    subprocess.run([sys.executable, str(ROOT / "resnet_helpers.py"), json.dumps(config)],
-                   env=os.environ | {"RESNET_RESULTS": str(tmp_path)}, check=True)
-    run = rh.read_run(tmp_path / "quick" / "cats_vs_dogs" / rh.run_path(config).name)
-    assert run["config"] == config and len(run["history"]["loss"]) == 1
+@pytest.mark.parametrize("workers", (1, 2))
+def test_a_failure_is_told_at_once_and_whole(tmp_path, workers):
+    """The other run would take an hour."""
+    bad, long = tiny(train_images=5000), tiny(epochs=5000)
+    with pytest.raises(ValueError, match="train_images") as error:
+        with rh.process_pool(workers) as pool:
+            rh.train_runs([long, bad] if workers == 2 else [bad, long], pool, tmp_path)
+    assert rh.run_path(bad).stem in error.value.__notes__[0]
+    assert "in _train\n" in str(error.value.__cause__)  # the traceback of the other process
+    with filelock.FileLock(rh.run_path(long, tmp_path).with_suffix(".lock"), timeout=10):
+        pass  # nobody trains it
+    assert not rh.run_path(long, tmp_path).exists()
 
 
-def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
-    with pytest.raises(RuntimeError, match="resnet20-.*-seed0 ended with status 1. ValueError: Needed: train_images"):
-        rh.train_runs([tiny(train_images=5000)], folder=tmp_path)
+def flip_weights(path):
+    flip_bit(path, path.stat().st_size // 2)
 
 
-def start_runs(folder, *configs):
-    """A process that calls train_runs."""
-    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh; " \
-            f"rh.train_runs({list(configs)}, folder={str(folder)!r})"
-    return subprocess.Popen([sys.executable, "-c", lines], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.mark.parametrize(
+    "suffix, damage",
+    [(".json", lambda path: path.write_text("{}")), (".checkpoint.npz", flip_weights)],
+)
+def test_what_is_damaged_is_found_before_anything_trains(tmp_path, monkeypatch, suffix, damage):
+    first, second = tiny(), tiny("plain20")
+    path = rh.run_path(second, tmp_path)
+    if suffix == ".json":
+        rh.train_run(tiny("plain20"), tmp_path)
+    else:
+        stop_after(1, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            rh.train_run(second, tmp_path)
+    damage(path.with_suffix(suffix))
+
+    class Refusing:
+        def submit(self, *_):
+            raise AssertionError("something was trained")
+
+    with pytest.raises(ValueError, match=f"{path.stem}{suffix} is damaged"):
+        rh.train_runs([first, second], Refusing(), tmp_path)
 
 
-def test_a_run_ends_with_its_parent_and_its_twin_is_kept_out(tmp_path, monkeypatch):
-    """Kill -9 the process that called train_runs: no orphan trains on, and the lock is free again."""
+def test_an_executor_that_trains_nothing_is_an_error(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        monkey = type("Lazy", (), {"submit": lambda self, *_: pool.submit(int)})()
+        with pytest.raises(RuntimeError, match="came back untrained"):
+            rh.train_runs([tiny()], monkey, tmp_path)
+
+
+def test_two_runs_never_share_a_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(rh.SIZES, "mnist", (96, 48))
+    monkeypatch.setitem(rh.SIZES, "/somewhere/cats_vs_dogs", (96, 48))
+    sizes = {"train_images": 96, "val_images": 48}
+    configs = [
+        rh.make_config("resnet20", profile, dataset, **sizes, **changes)
+        for profile in ("full", "test")
+        for dataset in ("cats_vs_dogs", "mnist")
+        for changes in ({}, {"mirrored": 1}, {"mirrored": 0.5}, {"learning_rate": 0.003})
+    ]
+    assert len({rh.run_path(one, tmp_path) for one in configs}) == len(configs) == 16
+    for rate in (np.float32(0.003), np.float64(0.003)):
+        assert rh.make_config("resnet20", learning_rate=rate)["learning_rate"] == 0.003
+    assert rh.run_path(tiny(learning_rate=1)) == rh.run_path(tiny(learning_rate=1.0))
+    with pytest.raises(ValueError, match="each run once"):
+        rh.train_runs([tiny(), tiny()], folder=tmp_path)
+    with pytest.raises(ValueError, match="each run once"):
+        rh.train_runs([])
+
+
+def test_weights_that_a_finished_run_has_not_kept_are_asked_for_in_vain(tmp_path):
+    rh.train_run(tiny(epochs=1), tmp_path)
+    for train in (
+        rh.train_run,
+        lambda one, *rest, **kept: rh.train_runs([one], None, *rest, **kept),
+    ):
+        with pytest.raises(ValueError, match="weights.h5 beside the finished run"):
+            train(tiny(epochs=1), tmp_path, keep_weights=True)
+
+
+def start_runs(folder, *configs, workers=1):
+    """A process that calls train_runs, in a process group of its own."""
+    lines = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers as rh\n"
+        f"with rh.process_pool({workers}) as pool:\n"
+        f"    rh.train_runs({list(configs)}, pool, {str(folder)!r})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", lines],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def children(pid):
+    return [
+        int(child)
+        for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def all_end(pids, limit=30):
+    end = time.time() + limit
+    while any(map(alive, pids)):
+        assert time.time() < end, "a process lives on"
+        time.sleep(0.1)
+
+
+needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="needs /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("how", ("kill -9", "Ctrl-C"))
+def test_no_process_and_no_litter_is_left_and_the_twin_is_kept_out(tmp_path, monkeypatch, how):
     config = tiny(epochs=500)
     path, acquire = rh.run_path(config, tmp_path), filelock.FileLock.acquire
     with start_runs(tmp_path, config) as parent:
         assert "epoch 1/500" in next((line for line in parent.stdout if "epoch" in line), "")
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Another process trains"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Another process"):
             patch.setattr(filelock.FileLock, "acquire", lambda lock: acquire(lock, timeout=0.2))
             rh.train_run(config, tmp_path)
+        processes = children(parent.pid)
+        assert processes
+        if how == "Ctrl-C":
+            os.killpg(parent.pid, signal.SIGINT)
+            assert "KeyboardInterrupt" in parent.communicate(timeout=30)[0]
+        else:
+            parent.kill()
+        all_end(processes)
+    with filelock.FileLock(path.with_suffix(".lock"), timeout=1):
+        epochs = len(rh._saved_run(path)["history"]["loss"])
+        assert 0 < epochs < 500
+    if how == "Ctrl-C":
+        assert sorted(each.suffix for each in tmp_path.iterdir()) in ([".lock", ".npz"], [".npz"])
+    with start_runs(tmp_path, config) as parent:
+        line = next((line for line in parent.stdout if line.startswith("[1/1]")), "")
+        assert f"epoch {epochs + 1}/500" in line
         parent.kill()
-    with filelock.FileLock(path.with_suffix(".lock"), timeout=10):  # its process is gone
-        epochs = len(rh._table_so_far(path, []))
-        time.sleep(2)
-        assert 0 < epochs == len(rh._table_so_far(path, [])) < 500
+        all_end(children(parent.pid))
 
 
+@needs_proc
 def test_no_orphan_even_if_the_parent_dies_while_the_run_is_being_started(tmp_path):
+    with start_runs(tmp_path, tiny(epochs=500)) as parent:
+        processes, end = [], time.time() + 60
+        while len(processes) < 2:  # the run's, and one that multiprocessing keeps
+            assert time.time() < end and parent.poll() is None, "no process was started"
+            processes = children(parent.pid)
+        parent.kill()
+        all_end(processes, 60)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@needs_proc
+def test_a_run_that_is_killed_is_named(tmp_path):
+    """As the system does when memory runs out."""
     config = tiny(epochs=500)
     with start_runs(tmp_path, config) as parent:
-        while not list(tmp_path.glob(".*.lease")):
-            time.sleep(0.1)
-        time.sleep(1)
-        parent.kill()
-    time.sleep(15)  # time to import everything and to begin
-    with filelock.FileLock(rh.run_path(config, tmp_path).with_suffix(".lock"), timeout=0.1):
-        assert not list(tmp_path.glob("*.npz"))
+        next(line for line in parent.stdout if "epoch" in line)
+        for child in children(parent.pid):
+            command = pathlib.Path(f"/proc/{child}/cmdline").read_text()
+            if "spawn_main" in command:
+                os.kill(child, signal.SIGKILL)
+        said = parent.communicate(timeout=60)[0]
+    assert "BrokenProcessPool" in said and f"The run was {rh.run_path(config).stem}" in said
 
 
-def test_a_run_that_is_killed_is_not_blamed_on_what_it_said_before(tmp_path):
-    class Killed(concurrent.futures.ThreadPoolExecutor):
-        def submit(self, *args, **options):
-            ended = subprocess.CompletedProcess([], -9, "", "E0000 failed call to cuInit")
-            return super().submit(lambda: ended)
+@needs_proc
+def test_a_cluster_that_loses_a_worker_ends_in_the_same_histories(tmp_path):
+    """Dask with two worker processes; the run that its killed worker trained goes on elsewhere."""
+    distributed = pytest.importorskip("dask.distributed")
+    configs = [tiny(epochs=6), tiny("plain20", epochs=6)]
+    expected = [outcome(rh.train_run(one, tmp_path / "alone")) for one in configs]
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as workers,
+        distributed.Client(workers) as client,
+    ):
+        processes, killed = client.run(os.getpid), []
 
-    with Killed(1) as pool, pytest.raises(RuntimeError, match="ended with status -9. Was it killed, or out of memory"):
-        rh.train_runs([tiny()], pool, folder=tmp_path)
-    with pytest.raises(ValueError, match="at least 1 configuration"):
-        rh.train_runs([])
+        def kill_one(epochs):
+            if not killed and len(epochs) > 3:
+                killed.append(
+                    next(worker for worker, tasks in client.processing().items() if tasks)
+                )
+                os.kill(processes[killed[0]], signal.SIGKILL)
+
+        rh.train_runs(configs, client.get_executor(pure=False), tmp_path / "cluster", show=kill_one)
+    runs = [rh.read_run(rh.run_path(one, tmp_path / "cluster")) for one in configs]
+    assert killed and [outcome(run) for run in runs] == expected
+    assert sum("earlier_environments" in run for run in runs) == 1
 
 
 def test_importing_the_helper_starts_no_device():
-    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers; import tensorflow as tf; " \
-            "tf.config.threading.set_intra_op_parallelism_threads(1); " \
-            "tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], " \
-            "[tf.config.LogicalDeviceConfiguration()] * 2); print(len(tf.config.list_logical_devices('CPU')))"
+    lines = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers; "
+        "import tensorflow as tf; "
+        "tf.config.threading.set_intra_op_parallelism_threads(1); "
+        "tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], "
+        "[tf.config.LogicalDeviceConfiguration()] * 2); "
+        "print(len(tf.config.list_logical_devices('CPU')))"
+    )
     ended = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
     assert ended.stdout.strip() == "2", ended.stderr
 
 
-# ---------------------------------------------------------------------------------------- input pipeline
+# -------------------- input pipeline
 
 
 def numbered(count, seed_and_epoch):
@@ -441,7 +654,9 @@ def test_every_training_image_once_an_epoch_in_a_reproducible_order():
         orders.append(labels_of(batches))
         assert sorted(orders[-1]) == list(range(50))
         assert (orders[-1] == labels_of(twin)).all() and (orders[-1] != labels_of(other)).any()
-        assert all(np.array_equal(batches[i][0], twin[i][0]) for i in (3, 0))  # in any order of access
+        assert all(
+            np.array_equal(batches[i][0], twin[i][0]) for i in (3, 0)
+        )  # in any order of access
     assert all((a != b).any() for a, b in itertools.combinations(orders, 2))
     assert [len(batches[i][1]) for i in range(len(batches))] == [16, 16, 16, 2]
 
@@ -463,11 +678,30 @@ def test_augmented_images_are_flips_and_shifts():
     found = []
     for before, after in zip(images, changed):
         padded = np.pad(before, ((4, 4), (4, 4), (0, 0)))
-        ways = [(flip, dy, dx) for flip, dy, dx in itertools.product((1, -1), range(9), range(9))
-                if np.array_equal(padded[dy : dy + 32, dx : dx + 32][:, ::flip], after)]
+        ways = [
+            (flip, dy, dx)
+            for flip, dy, dx in itertools.product((1, -1), range(9), range(9))
+            if np.array_equal(padded[dy : dy + 32, dx : dx + 32][:, ::flip], after)
+        ]
         assert len(ways) == 1
         found += ways
     assert len(set(found)) > 12 and {flip for flip, _, _ in found} == {1, -1}
+
+
+def test_shifts_reach_four_pixels_each_way():
+    """A white pixel in the middle goes to each place of 9x9 pixels, and nowhere else."""
+    images = np.zeros((4000, 33, 33, 3), "uint8")
+    images[:, 16, 16] = 255
+    changed = rh.augment(images, np.random.default_rng(0))
+    places = {tuple(place) for place in np.argwhere(changed[..., 0])[:, 1:].tolist()}
+    assert places == set(itertools.product(range(12, 21), repeat=2))
+    wide = rh.augment(np.zeros((2, 8, 12, 3), "uint8"), np.random.default_rng(0))
+    assert wide.shape == (2, 8, 12, 3)
+
+
+def test_sgd_has_the_papers_momentum():
+    optimizer = rh.build_from_config(config(optimizer="sgd"), 2).optimizer
+    assert (optimizer.name, optimizer.momentum) == ("SGD", 0.9)
 
 
 @pytest.mark.parametrize("epoch", (0, 2))
@@ -503,7 +737,7 @@ def test_a_run_takes_its_order_from_its_seed_and_the_epoch(tmp_path, monkeypatch
     assert keys == [None, (7, 0), (7, 1)]
 
 
-# ------------------------------------------------------------------------------- backends and devices
+# -------------------- backends and devices
 
 
 @pytest.mark.parametrize("backend", ("jax", "torch"))
@@ -514,11 +748,21 @@ def test_other_backends_agree_and_train_without_tensorflow(tmp_path, backend):
     model = rh.create_model("resnet18", seed=3)
     weights = tmp_path / "weights.npz"
     np.savez(weights, **{str(i): value for i, value in enumerate(model.get_weights())})
-    printed = finish(start(tmp_path / "results", {"epochs": 1, "train_images": 16, "val_images": 16, "batch_size": 16},
-                           env={"KERAS_BACKEND": backend}, weights=str(weights),
-                           without=["tensorflow", "tensorflow_datasets"]))
+    printed = finish(
+        start(
+            tmp_path / "results",
+            {"epochs": 1, "train_images": 16, "val_images": 16, "batch_size": 16},
+            env={"KERAS_BACKEND": backend},
+            weights=str(weights),
+            without=["tensorflow", "tensorflow_datasets"],
+        )
+    )
     received = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
     assert received == pytest.approx(losses(rh, weights), rel=1e-4)
     [path] = (tmp_path / "results").glob("*.json")
     run = rh.read_run(path)
-    assert run["environment"]["backend"] == backend and run["status"] == "finished" and run["val_predictions"]
+    assert (
+        run["environment"]["backend"] == backend
+        and run["status"] == "finished"
+        and run["val_predictions"]
+    )

@@ -1,6 +1,7 @@
 """Small runs on made-up images, in this process or in another one, for test_training.py.
 
-As a program it trains one run: python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
+As a program it trains one run:
+python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
 """
 
 import json
@@ -14,11 +15,18 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # The last batch of each split is a smaller one.
-SMALL = {"model": "resnet10", "profile": "test", "epochs": 2, "batch_size": 32, "train_images": 80, "val_images": 40}
+SMALL = {
+    "model": "resnet10",
+    "profile": "test",
+    "epochs": 2,
+    "batch_size": 32,
+    "train_images": 80,
+    "val_images": 40,
+}
 
 
 def write_images(folder):
-    """Write a file as load_data does into a new folder; return the variables that let nothing else be found.
+    """Write a file as load_data does into a new folder; return variables that let it be found.
 
     The images are noise, in which the second class is a little brighter.
     """
@@ -34,28 +42,39 @@ def write_images(folder):
 
 
 def add_small_nets(rh, setitem=dict.__setitem__):
-    """Make plain10 and resnet10 known, with one unit per stage, which start fast, and SMALL the profile "test".
+    """Make plain10 and resnet10 known, with one unit per stage, and SMALL the profile "test".
 
     The processes that train_runs starts know nothing of it.
     """
-    setitem(rh.PROFILES, "test", {key: SMALL[key] for key in SMALL if key not in ("model", "profile")})
+    setitem(
+        rh.PROFILES, "test", {key: SMALL[key] for key in SMALL if key not in ("model", "profile")}
+    )
     setitem(rh.DEPTHS, 10, rh.DEPTHS[18] | {"units_per_block": [1, 1, 1, 1]})
     for name in ("plain10", "resnet10"):
         setitem(rh.MODELS, name, 10)
 
 
 def outcome(run):
-    """What must be the same, to the last digit, however often a run was cut off: all but times and places."""
+    """What must be the same to the last digit after every cut: all but times and places."""
     history = {key: values for key, values in run["history"].items() if key != "seconds"}
-    rest = {key: value for key, value in run.items() if key not in ("history", "environment", "earlier_environments")}
+    rest = {
+        key: value
+        for key, value in run.items()
+        if key not in ("history", "environment", "earlier_environments")
+    }
     return {**rest, **history}
 
 
 def start(folder, changes=None, limit=300, env=None, **options):
-    """Train in another process, which is killed after `limit` seconds; `options` are those of `main`."""
+    """Train in another process, killed after `limit` seconds; `options` are those of `main`."""
     arguments = [str(folder), json.dumps(changes or {}), json.dumps(options)]
-    process = subprocess.Popen([sys.executable, "-u", __file__, *arguments], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})})
+    process = subprocess.Popen(
+        [sys.executable, "-u", __file__, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
     timer = threading.Timer(limit, process.kill)
     timer.daemon = True
     timer.start()
@@ -101,7 +120,9 @@ def losses(rh, weights):
     with np.load(weights) as file:
         model.set_weights([file[str(i)] for i in range(len(file.files))])
     images, labels = rh.normalize(data.val_images), data.val_labels
-    return [float(model.loss(labels, model(images, training=training))) for training in (False, True)]
+    return [
+        float(model.loss(labels, model(images, training=training))) for training in (False, True)
+    ]
 
 
 if __name__ == "__main__":
