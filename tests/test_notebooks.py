@@ -438,10 +438,19 @@ def test_readme_tells_the_checks():
         assert words in readme, words
 
 
-def test_readme_shows_the_benchmark():
-    readme = (ROOT / "README.md").read_text()
-    (shown,) = re.findall(r"<!-- throughput -->\n+(.*?)\n+<!-- /throughput -->", readme, re.S)
-    assert shown == (ROOT / "results" / "throughput.md").read_text().strip()
+@pytest.mark.parametrize("kind", ["avx512", "avx2"])
+def test_readme_shows_the_benchmark(kind):
+    pattern = rf"<!-- throughput {kind} -->\n+(.*?)\n+<!-- /throughput {kind} -->"
+    (shown,) = re.findall(pattern, (ROOT / "README.md").read_text(), re.S)
+    assert shown == (ROOT / "results" / f"throughput-{kind}.md").read_text().strip()
+
+
+def test_readme_says_how_much_faster_than_the_fastest_pytorch():
+    table = pd.read_csv(ROOT / "results" / "throughput-avx512.csv")
+    torch = table[table.contender.str.startswith("PyTorch")]
+    lead = torch.groupby("net")["this project is faster by"].min()
+    words = "{:.2f} (ResNet-34) and {:.2f} times (ResNet-50) as fast as the fastest PyTorch"
+    assert words.format(*lead) in (ROOT / "README.md").read_text()
 
 
 def test_readme_pandas_lines_give_the_table(monkeypatch):
