@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 NOTEBOOKS := 01_data 02_models 03_training 04_ablation
-PAGES := $(NOTEBOOKS) appendix_why
+PAGES := $(NOTEBOOKS) appendix_why solutions
 WORKERS ?= 1
 INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar off -c requirements.lock
 # Runs one notebook and shows what its cells print; copy and messages are in build/.

@@ -90,7 +90,7 @@ def papermill(tiny_cats, tmp_path, monkeypatch):
     return run
 
 
-DATA, MODELS, TRAINING, ABLATION, APPENDIX = NOTEBOOKS
+DATA, MODELS, TRAINING, ABLATION, APPENDIX, SOLUTIONS = NOTEBOOKS
 
 
 def test_training_and_ablation_run(papermill, tmp_path):
@@ -114,7 +114,7 @@ def test_training_and_ablation_run(papermill, tmp_path):
     assert saved == markdown and re.search(r"\| [+-]\d+\.\d \[", saved)  # "+6.0" and not 6
 
 
-@pytest.mark.parametrize("path", (DATA, MODELS, APPENDIX), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", (DATA, MODELS, APPENDIX, SOLUTIONS), ids=lambda path: path.stem)
 def test_notebook_runs(papermill, path):
     papermill((path, ""))
 
