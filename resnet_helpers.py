@@ -412,7 +412,8 @@ class BatchNormalization(layers.BatchNormalization):
     """
 
     def call(self, inputs, training=None, mask=None):
-        if not training or not self.trainable or keras.backend.backend() != "tensorflow":
+        fused = keras.backend.backend() == "tensorflow" and self.compute_dtype != "float64"
+        if not (training and self.trainable and fused):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
 
