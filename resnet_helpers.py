@@ -776,8 +776,7 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
         except filelock.Timeout:
             raise RuntimeError(
                 f"Another process trains {path.stem} ({lock}). Wait, or stop it.") from None
-    _check_saved(path, config, keep_weights)
-    return read_run(path)
+    return _check_saved(path, config, keep_weights)
 
 
 def _saved_run(path):
@@ -790,7 +789,7 @@ def _saved_run(path):
 
 
 def _check_saved(path, config, keep_weights):
-    """Raise ValueError if what is saved under a run's name is damaged, or not this run."""
+    """`_saved_run`; raises ValueError if what is saved is damaged, or another run."""
     run = _saved_run(path)
     if run:
         _refuse_another(path, config, run["config"])
@@ -800,6 +799,7 @@ def _check_saved(path, config, keep_weights):
                  f"{weights.name} beside the finished run; move that away to train it again", path)
     elif run:
         _read_arrays(_checkpoint(path))
+    return run
 
 
 def _checkpoint(path):
@@ -939,8 +939,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
     _require(0 < len(paths) == len(set(paths)), "each run once, and at least one", paths)
     tables = {}
     for path, config in zip(paths, configs):  # what is damaged is found before anything trains
-        _check_saved(path, config, keep_weights)
-        run = _saved_run(path)
+        run = _check_saved(path, config, keep_weights)
         tables[path] = _run_table(run, path) if run else pd.DataFrame()
     with contextlib.ExitStack() as stack:
         executor = executor or stack.enter_context(process_pool())
