@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import multiprocessing
@@ -36,6 +35,7 @@ import pandas as pd
 import scipy.stats
 import seaborn as sns
 from keras import layers, ops
+from PIL import Image, ImageOps
 
 # ---- settings and files ----
 
@@ -98,25 +98,18 @@ def write_atomically(path, write):
     """Call `write(partial_path)` so that `path` ends up whole or untouched, whatever happens."""
     partial = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
     try:
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            with open(partial, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()  # there only if something went wrong
-
-
-@contextlib.contextmanager
-def _explained(path):
-    try:
-        yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError as error:
         raise type(error)(
             f"Cannot write {path} ({error}). What was saved before is safe. Make room, or set "
             "RESNET_RESULTS or RESNET_DATA to another folder.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # there only if something went wrong
 
 
 def _read_arrays(path, names=None):
@@ -208,8 +201,6 @@ def load_data(name=None, image_size=32):
         raise FileNotFoundError(f"{name} is not on this machine. prepare_dataset() fetches what "
                                 f"TensorFlow Datasets knows, into {data_dir()}.")
     if not path.exists():
-        with _explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock"):  # two may start at once
             if not path.exists():
                 print(f"Decoding {name} to {image_size}x{image_size} pixels, once per machine ...",
@@ -227,26 +218,29 @@ def _load(path):
 
 def _decoded_path(name, image_size):
     """Path of the file of decoded images; None if there is neither one nor the data set."""
-    stem = f"{_short_name(name)}-{image_size}px"
     folder = _folder("RESNET_DATA", "~/.cache/resnet_helpers")
-    state = None
-    if os.path.isdir(name) and os.path.isabs(name):
-        files = [(*file.parts[-2:], file.stat().st_mtime_ns) for file in _pictures(name)]
-        state = repr(files).encode()
-    elif not os.path.isabs(name):
-        found = (data_dir() / name).glob("[0-9]*.*.*/dataset_info.json")
-        versions = {tuple(map(int, info.parent.name.split("."))): info for info in found}
-        if versions:
-            state = versions[max(versions)].read_bytes()
-    if state is None:
+    stem = f"{_short_name(name)}-{image_size}px"
+    if os.path.isabs(name):
+        found = _pictures(name) if os.path.isdir(name) else []
+        state = "".join(f"{file}{file.stat().st_mtime_ns}" for file in found)
+    else:
+        found = sorted((data_dir() / name).glob("[0-9]*/dataset_info.json"))
+        state = "".join(file.read_text() for file in found)
+    if not found:
         return next(folder.glob(f"{stem}-*.npz"), None)
-    # The checksum tells copies of a data set apart.
-    return folder / f"{stem}-{hashlib.sha256(state).hexdigest()[:8]}.npz"
+    return folder / f"{stem}-{zlib.crc32(state.encode()):08x}.npz"  # another one for a changed set
 
 
 def _decode_tfds(name, image_size):
     import tensorflow as tf
     import tensorflow_datasets as tfds
+
+    def decode(example):
+        image = tf.image.resize(example["image"], [image_size, image_size], antialias=True)
+        image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+        if image.shape[-1] == 1:
+            image = tf.image.grayscale_to_rgb(image)
+        return image, example["label"]
 
     builder = tfds.builder(name, data_dir=data_dir())
     features = builder.info.features
@@ -259,11 +253,9 @@ def _decode_tfds(name, image_size):
     options.autotune.enabled = False  # it holds up the end of a pass by up to a minute
     arrays = []
     for split in ("train[:70%]", "train[70%:]"):  # in a fixed order
-        examples = builder.as_dataset(split=split).map(
-            lambda example: (_resize(example["image"], image_size), example["label"]), _cores())
-        batches = list(examples.batch(512).with_options(options).as_numpy_iterator())
-        arrays.append(np.concatenate([images for images, _ in batches]))
-        arrays.append(np.concatenate([labels for _, labels in batches]))
+        batches = builder.as_dataset(split=split).map(decode, _cores()).batch(512)
+        images, labels = zip(*batches.with_options(options).as_numpy_iterator())
+        arrays += [np.concatenate(images), np.concatenate(labels)]
     return Data(np.array(classes), *arrays)
 
 
@@ -285,21 +277,14 @@ def _decode_folder(folder, image_size):
     images = np.empty((len(files), image_size, image_size, 3), "uint8")
     for i, file in enumerate(files):
         try:
-            images[i] = _resize(np.array(keras.utils.load_img(file)), image_size)
+            with Image.open(file) as picture:
+                picture = ImageOps.exif_transpose(picture).convert("RGB")  # cameras note a turn
+            images[i] = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
         except Exception as error:  # a broken picture can raise anything
             raise ValueError(f"{file} is no picture ({error}). Mend or remove it.") from error
     labels = np.array([classes.index(file.parent.name) for file in files])
     n = 7 * len(files) // 10
     return Data(np.array(classes), images[:n], labels[:n], images[n:], labels[n:])
-
-
-def _resize(image, image_size):
-    """An image of any size, with 1 or 3 colours, to uint8 (image_size, image_size, 3)."""
-    import tensorflow as tf
-
-    image = tf.image.resize(image[..., :3], [image_size, image_size], antialias=True)
-    image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
-    return tf.image.grayscale_to_rgb(image) if image.shape[-1] == 1 else image
 
 
 def normalize(images):
@@ -588,15 +573,6 @@ def create_model(name, input_shape=(32, 32, 3), num_classes=2, **options):
     return build_resnet(input_shape, num_classes=num_classes, name=name, **settings)
 
 
-def load_trained(name):
-    """Return a network of section 4.2 with its trained weights from results/weights."""
-    folder = COMMITTED / "weights"
-    known = sorted(path.name.split(".")[0] for path in folder.glob("*.weights.h5"))
-    model = create_model(_require_one_of("trained network", name, known))
-    model.load_weights(folder / f"{name}.weights.h5")
-    return model
-
-
 def display_name(model):
     """ "resnet34" to "ResNet-34", "plain34" to "plain-34"."""
     return model.replace("resnet", "ResNet-").replace("plain", "plain-")
@@ -767,8 +743,6 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
     lock = path.with_suffix(".lock")
     if not path.exists():
         try:
-            with _explained(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(lock, timeout=10):  # an ending process may still hold it
                 if not path.exists():
                     _train(config, path, keep_weights, verbose)
@@ -1032,20 +1006,12 @@ def _run_table(run, path):
 
 def network_name(row):
     """The network of a run (a row of `read_runs`) in words, such as "plain-56, mirrored"."""
-    usual = DEPTHS[MODELS[row.model]]
+    usual = make_config(row.model, "full", "cats_vs_dogs")
     words = [display_name(row.model)]
-    if row.stem != usual["stem"]:
-        words.append(f"{row.stem} stem")
-    if row.stride_in != "1x1":
-        words.append(f"stride in {row.stride_in}")
-    if row.shortcut not in ("none", usual["shortcut"]):
-        words.append(row.shortcut)
-    if row.zero_gamma:
-        words.append("zero gamma")
-    if row.mirrored:
-        words.append("mirrored" if row.mirrored == 1 else f"mirrored {row.mirrored:g}")
-    if row.shortcut_scale != 1:
-        words.append(f"shortcut scale {row.shortcut_scale:g}")
+    for key in NETWORK[1:]:
+        if row[key] != usual[key]:
+            share = "" if row[key] in (True, 1) else f" {row[key]}"
+            words.append(key.replace("_", " ") + share)
     return ", ".join(words)
 
 

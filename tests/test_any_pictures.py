@@ -134,6 +134,23 @@ def test_a_folder_of_pictures(folder, capsys, monkeypatch):
     assert capsys.readouterr().out.count("Decoding") == 1
 
 
+def test_a_picture_is_turned_as_its_camera_notes(folder):
+    """Red above, green below, saved turned by a quarter: tag 274 says 6."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (40, 60), (200, 0, 0))
+    picture.paste((0, 200, 0), (0, 30, 40, 60))
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[274] = 6
+    for file in pathlib.Path(folder, "red").iterdir():
+        file.unlink()
+    turned.save(pathlib.Path(folder, "red", "turned.png"), exif=exif)
+    (image,) = [image for name, image in labels_and_images(rh.load_data(folder)) if name == "red"]
+    assert image[:12, :, 0].min() > 150 and image[:12, :, 1].max() < 50
+    assert image[-12:, :, 1].min() > 150 and image[-12:, :, 0].max() < 50
+
+
 def test_the_same_folder_name_elsewhere_is_another_data_set(folder, places):
     other = str(places / "elsewhere" / pathlib.Path(folder).name)
     assert rh.results_folder("quick", folder) != rh.results_folder("quick", other)

@@ -1,6 +1,5 @@
 """The data (a tiny cats_vs_dogs in TFDS's own format); what is saved, read, compared, refused."""
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -42,48 +41,6 @@ def test_resizing_is_that_of_the_notebook(tiny_cats):
     assert abs(small - rh.normalize(rh.load_data().val_images[0])).max() <= 0.5001 / 255
 
 
-def test_a_folder_of_pictures_is_a_data_set(tmp_path, monkeypatch):
-    """Three classes, red, green and blue pictures of several sizes; text files do not count."""
-    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
-    folder = tmp_path / "pictures"
-    monkeypatch.setenv("RESNET_DATASET", str(folder))
-    for label, name in enumerate(("a", "b", "c")):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "notes.txt").write_text("no picture")
-        for i in range(10):
-            picture = np.zeros((40 + i, 50, 3), "uint8")
-            picture[..., label] = 200
-            keras.utils.save_img(folder / name / f"{i}.png", picture, scale=False)
-    rh._load.cache_clear()
-    assert rh.prepare_dataset("test") == rh.get_dataset() == str(folder)
-    data = rh.load_data()
-    assert list(data.class_names) == ["a", "b", "c"]
-    assert (len(data.train_labels), len(data.val_labels)) == (21, 9)
-    for images, labels in ((data.train_images, data.train_labels),
-                           (data.val_images, data.val_labels)):
-        assert images.shape[1:] == (32, 32, 3) and (images.mean((1, 2)).argmax(1) == labels).all()
-    config = rh.make_config("resnet18", "full")
-    assert (config["train_images"], config["val_images"]) == (21, 9)
-    path = rh.run_path(config)
-    assert path.parent == rh.results_folder("full") and path.name.startswith("resnet18-pictures-")
-    assert path.parent != rh.results_folder("full", str(tmp_path / "other" / "pictures"))
-    (folder / "c" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="broken.png"):
-        rh.load_data()
-    shutil.rmtree(folder / "b")
-    shutil.rmtree(folder / "c")
-    with pytest.raises(ValueError, match="at least two subfolders"):
-        rh.load_data()
-    rh._load.cache_clear()
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
-    for call in (rh.load_data, lambda name: rh.prepare_dataset("quick", name)):
-        with pytest.raises((FileNotFoundError, ValueError), match=str(tmp_path / "nowhere")):
-            call(str(tmp_path / "nowhere"))
-
-
 def test_normalize():
     images = np.array([0, 51, 255], "uint8")
     assert rh.normalize(images).dtype == np.float32
@@ -106,7 +63,7 @@ def test_a_damaged_file_of_images_is_named(tiny_cats, damage):
 def test_images_that_cannot_be_kept_are_an_error(tiny_cats, monkeypatch):
     (tiny_cats / "file").write_text("")
     monkeypatch.setenv("RESNET_DATA", str(tiny_cats / "file"))  # no folder: nothing can go into it
-    with pytest.raises(OSError, match="Cannot write .*RESNET_DATA"):
+    with pytest.raises(OSError, match=str(tiny_cats / "file")):
         rh.load_data()
 
 
@@ -131,12 +88,14 @@ def test_no_images_is_an_error():
             rh.Batches(np.zeros((count, 32, 32, 3)), np.zeros(0))
 
 
-def test_the_newest_version_is_a_number_and_not_a_word(tmp_path, monkeypatch):
+def test_another_version_is_decoded_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    names = []
     for version in ("4.0.9", "4.0.10"):
         (tmp_path / "cats_vs_dogs" / version).mkdir(parents=True)
         (tmp_path / "cats_vs_dogs" / version / "dataset_info.json").write_text(version)
-    assert hashlib.sha256(b"4.0.10").hexdigest()[:8] in rh._decoded_path("cats_vs_dogs", 32).name
+        names.append(rh._decoded_path("cats_vs_dogs", 32).name)
+    assert names[0] != names[1] == rh._decoded_path("cats_vs_dogs", 32).name
 
 
 def test_an_empty_setting_means_the_default_and_home_is_expanded(monkeypatch):
@@ -301,7 +260,7 @@ def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
     zero_pad = made_run("resnet34", last=0.8, shortcut="zero_pad")
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34"), zero_pad)
     table = rh.ablation_table(runs)
-    assert list(table.index) == ["34 layers", "34 layers, zero_pad"]
+    assert list(table.index) == ["34 layers", "34 layers, shortcut zero_pad"]
     np.testing.assert_allclose(table.difference, [0.1, 0.2])
 
 
@@ -558,7 +517,7 @@ def test_saved_model_loads(tmp_path):
 def test_the_helper_can_be_read_in_one_sitting():
     text = pathlib.Path(rh.__file__).read_text()
     lines = text.splitlines()
-    assert len(lines) <= 1160 and max(map(len, lines)) <= 100
+    assert len(lines) <= 1130 and max(map(len, lines)) <= 100
 
 
 PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma",

@@ -365,9 +365,7 @@ def test_a_damaged_results_file_is_named_and_kept(whole, tmp_path, damage):
 
 def test_an_unwritable_folder_fails_before_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        OSError, match="Cannot write .*file.*What was saved before is safe.*RESNET_RESULTS"
-    ):
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
         rh.train_runs([config(model="resnet20")], folder=tmp_path / "file" / "results")
 
 
