@@ -185,14 +185,17 @@ def test_errors_name_what_is_allowed(call, words):
         call()
 
 
-def test_profiles_are_what_the_readme_says():
+def test_profiles_are_what_the_pages_say():
     assert rh.PROFILES["full"] == {"train_images": 16_283, "val_images": 6_979, "epochs": 15}
-    readme = (pathlib.Path(rh.__file__).parent / "README.md").read_text()
+    root = pathlib.Path(rh.__file__).parent
+    readme, settings = (root / "README.md").read_text(), (root / "docs/settings.md").read_text()
     full, quick, test = (rh.PROFILES[name] for name in ("full", "quick", "test"))
-    assert f"`full` (all images, {full['epochs']} epochs)" in readme
+    assert f"`full` (all images, {full['epochs']} epochs)" in settings
+    assert f"the last of {full['epochs']} epochs" in readme
     for name, profile in (("quick", quick), ("test", test)):
         images, epochs = profile["train_images"], profile["epochs"]
-        assert f"`{name}` ({images:,} images, {epochs} epochs)" in readme
+        assert f"`{name}` ({images:,} images, {epochs} epochs)" in settings
+    assert f"in batches of {quick['batch_size']}" in settings
     assert f"({quick['train_images']:,} training images, {quick['epochs']} epochs" in readme
 
 

@@ -17,7 +17,6 @@ from notebook_code import format_percent, stage_table
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:work|tmp|root|home|content|Users)/")
-TABLE = re.compile(r"<!-- ablation -->\n+(.*?)\n+<!-- /ablation -->", re.S)
 
 
 def outputs(cell):
@@ -51,20 +50,9 @@ def test_notebook_goes_in_small_steps(path):
     assert len(without_a_word) <= len(code) / 4
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda path: path.stem)
-def test_relative_links_lead_somewhere(path):
-    text = path.read_text()
-    if path.suffix == ".ipynb":
-        cells = json.loads(text)["cells"]
-        text = "\n".join("".join(cell["source"]) for cell in cells
-                         if cell["cell_type"] == "markdown")
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert target.startswith("http") or (path.parent / target).exists(), target
-
-
 @pytest.fixture
 def papermill(tiny_cats, tmp_path, monkeypatch):
-    """The README's command for notebooks, each in a process of its own, on tiny data."""
+    """The Makefile's command for notebooks, each in a process of its own, on tiny data."""
     monkeypatch.setenv("RESNET_PROFILE", "test")
     monkeypatch.setenv("RESNET_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # as in the Makefile
@@ -448,35 +436,69 @@ def test_notebook_3_tells_the_committed_runs():
             f"hardly below guessing ({np.log(2):.3f})") in takeaways
 
 
-def test_readme_csv_and_histories_agree():
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def marked(text, name):
+    """What stands between the comments of this name."""
+    (found,) = re.findall(rf"<!-- {name} -->\n+(.*?)\n+<!-- /{name} -->", text, re.S)
+    return found
+
+
+def test_csv_tables_and_histories_agree():
     main, small, *_ = gpu_runs()
-    table, markdown = both_tables(main, own_rates=True)
+    table, markdown = both_tables(main)
     saved = pd.read_csv(ROOT / "results" / "ablation.csv", index_col=0)
     pd.testing.assert_frame_equal(saved, table, check_dtype=False)
-    readme = (ROOT / "README.md").read_text()
-    (shown,) = TABLE.findall(readme)
-    assert shown == markdown == (ROOT / "results" / "ablation.md").read_text().strip()
-    numbers, markdown = both_tables(small)
-    (shown,) = re.findall(
-        r"<!-- section 4.2 -->\n+(.*?)\n+<!-- /section 4.2 -->", readme, re.S)
-    assert shown == markdown == (ROOT / "results" / "section_4_2.md").read_text().strip()
-    plain, residual = (100 * (numbers[kind].iloc[0] - numbers[kind].iloc[-1])
+    assert page("results/ablation.md").strip() == markdown
+    assert page("results/section_4_2.md").strip() == both_tables(small)[1]
+
+
+def test_readme_shows_the_required_and_the_small_networks():
+    rows = []
+    for runs, depths, label in zip(gpu_runs(), ((34, 50), (20, 56)), ("", ", for 32x32")):
+        table = format_percent(rh.ablation_table(runs))[["plain", "residual", "difference"]]
+        rows += [table.loc[[f"{depth} layers" for depth in depths]]]
+        rows[-1].index += label
+    shown = marked(page("README.md"), "main table")
+    assert shown == pd.concat(rows).to_markdown(disable_numparse=True)
+
+
+def test_readme_tells_the_finding_and_the_why():
+    main, small, _, gpu = gpu_runs()
+    own, small_table = 100 * rh.ablation_table(main), 100 * rh.ablation_table(small)
+    plain, residual = (small_table[kind].iloc[0] - small_table[kind].iloc[-1]
                        for kind in ("plain", "residual"))
-    assert (f"costs {plain:.1f} points of validation accuracy without shortcuts and {residual:.1f} "
-            "with them") in readme
+    say = [f"costs {plain:.1f} points of validation accuracy without shortcuts and {residual:.1f} "
+           "with them"]
+    assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
+               for runs in (main, small))  # "training accuracy falls with depth, too"
+    gamma = zero_gamma(gpu).resnet50
+    say += [f"ResNet-50 reaches {gamma[True]:.1f}% instead of {gamma[False]:.1f}% (learning rate "
+            "0.001, three seeds)"]
+    measure = pd.read_csv(ROOT / "results" / "measure.csv", index_col=0)
+    assert len(measure) == 12  # "twelve networks"
+    say += [f"rank correlation {measure.corr(method='spearman').iloc[0, 1]:.2f}"]
+    counts = json.loads(page("notebooks/01_data.ipynb"))["cells"]
+    (share,) = {found for cell in counts for _, text in outputs(cell)
+                for found in re.findall(r"validation +\d+ +\d+ +([\d.]+)%", text)}
+    say += [f"guessing scores {share}"]
+    assert own.residual.idxmax() == "18 layers"  # "are behind ResNet-18 here"
+    assert set(main.seed) == {1, 2, 3} and set(small.seed) == {1, 2, 3, 4, 5}
+    say += ["over three seeds (34 and 50 layers) or five (20 and 56)"]
+    for words in say:
+        assert words in page("README.md"), words
 
 
 def test_readme_tells_the_checks():
-    readme = (ROOT / "README.md").read_text()
     main, _, _, gpu = gpu_runs()
     own, common = 100 * rh.ablation_table(main), 100 * rh.ablation_table(committed_runs())
     say = ["{:+.1f} points at 18 layers, {:+.1f} at 34 and {:+.1f} at 50".format(
                *common.difference),
            f"{own.difference['34 layers']:+.1f} are left at 34 layers, with an interval that "
            "includes 0"]
-    assert (own.low < 0).tolist() == [False, True, False]  # "at 34 it is undecided"
-    say += ["At 18 layers the difference is small (its interval, "
-            f"{interval(own.loc['18 layers'])}, only just leaves out 0)"]
+    assert (own.low < 0).tolist() == [False, True, False]  # "34 layers are undecided"
     every = every_run()
     accuracies, difference = second_look(every)
     predictions = (ROOT / "results" / "predictions.md").read_text().replace("\n", " ")
@@ -489,38 +511,40 @@ def test_readme_tells_the_checks():
     end = gpu[gpu.epoch == gpu.epochs].set_index("model")
     slow = end[end.epochs == 45].loc["plain50"]
     loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
-    say += [f"training loss ends at {loss:.3f} (guessing has {np.log(2):.3f}), in 45 at "
-            f"{slow.loss:.3f}, with {100 * slow.val_accuracy:.1f}% validation accuracy",
-            f"training loss ends at {loss:.3f} (mean of three"]
-    long, gamma = 100 * end[end.epochs == 60].val_accuracy, zero_gamma(gpu).resnet50
-    say += [f"({long.resnet56:.1f} and {long.resnet20:.1f}%, one seed)",
-            f"ResNet-50 has {gamma[True]:.1f}% in place of {gamma[False]:.1f}% at 0.001"]
+    say += [f"training loss ends at {loss:.3f} (guessing scores {np.log(2):.3f}), in 45 at "
+            f"{slow.loss:.3f}, with {100 * slow.val_accuracy:.1f}% validation accuracy"]
+    long = 100 * end[end.epochs == 60].val_accuracy
+    say += [f"({long.resnet56:.1f} and {long.resnet20:.1f}%, one seed)"]
     one = seed_0_at_the_common_rate(every)
-    say += ["ResNet-34 reaches {:.1f}% and ResNet-50 {:.1f}% in place of {:.1f}% and {:.1f}%"
+    say += ["ResNet-34 reaches {:.1f}% and ResNet-50 {:.1f}% instead of {:.1f}% and {:.1f}%"
             .format(*(one[model, shortcut] for shortcut in ("zero_pad", "projection")
                       for model in ("resnet34", "resnet50")))]
     for words in say:
-        assert words in readme, words
+        assert words in page("README.md"), words
 
 
 @pytest.mark.parametrize("kind", ["avx512", "avx2"])
-def test_readme_shows_the_benchmark(kind):
-    pattern = rf"<!-- throughput {kind} -->\n+(.*?)\n+<!-- /throughput {kind} -->"
-    (shown,) = re.findall(pattern, (ROOT / "README.md").read_text(), re.S)
-    assert shown == (ROOT / "results" / f"throughput-{kind}.md").read_text().strip()
+def test_the_page_of_speed_shows_the_benchmark(kind):
+    shown = marked(page("docs/speed.md"), f"throughput {kind}")
+    assert shown == page(f"results/throughput-{kind}.md").strip()
 
 
-def test_readme_says_how_much_faster_than_the_fastest_pytorch():
+def test_the_page_of_speed_says_how_much_faster_than_the_fastest_pytorch():
     table = pd.read_csv(ROOT / "results" / "throughput-avx512.csv")
     torch = table[table.contender.str.startswith("PyTorch")]
     lead = torch.groupby("net")["this project is faster by"].min()
     words = "{:.2f} (ResNet-34) and {:.2f} times (ResNet-50) as fast as the fastest PyTorch"
-    assert words.format(*lead) in (ROOT / "README.md").read_text()
+    assert words.format(*lead) in page("docs/speed.md")
 
 
-def test_readme_pandas_lines_give_the_table(monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(import json.*?)```", readme, re.S)
+def code_of(name, begin):
+    """The block of Python on a page that begins with this."""
+    (lines,) = re.findall(rf"```python\n({begin}.*?)```", page(name), re.S)
+    return lines
+
+
+def test_the_pandas_lines_give_the_table(monkeypatch):
+    lines = code_of("docs/files.md", "import json")
     assert len(lines.strip().splitlines()) <= 10
     monkeypatch.chdir(ROOT)
     scope = {}
@@ -529,12 +553,23 @@ def test_readme_pandas_lines_give_the_table(monkeypatch):
     for depth in (18, 34, 50):
         assert table.loc[f"plain{depth}"] == pytest.approx(ours.plain[f"{depth} layers"])
         assert table.loc[f"resnet{depth}"] == pytest.approx(ours.residual[f"{depth} layers"])
+    exec(code_of("docs/files.md", "import base64"), scope)
+    assert set(scope["answers"]) <= {0, 1}
+    assert len(scope["answers"]) == scope["runs"][0]["config"]["val_images"]
 
 
-def test_readme_lines_for_the_two_tables_give_the_tables(monkeypatch, capsys):
-    """With the committed runs in place of training them."""
-    readme = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(import pandas as pd.*?)```", readme, re.S)
+def test_the_lines_that_draw_a_run_again_load_it_and_draw(monkeypatch, tmp_path):
+    (tmp_path / "results").symlink_to(ROOT / "results", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code_of("docs/files.md", "import resnet_helpers as rh"), scope)
+    assert set(scope["runs"].file) == {"plain34-seed0.json", "resnet34-seed0.json"}
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_lines_for_the_two_tables_give_the_tables(monkeypatch, capsys):
+    """With the committed runs instead of training them."""
+    lines = code_of("docs/machines.md", "import pandas as pd")
     monkeypatch.chdir(ROOT)
 
     def read(configs, folder):
