@@ -402,7 +402,8 @@ def test_notebook_3_tells_the_committed_runs():
     assert [list(epochs) for epochs in ahead] == [[1], [1, 2, 3]]
     assert ("plain-34 is ahead of ResNet-34 in the first epoch and plain-50 ahead of ResNet-50 in "
             "the first three") in told
-    assert printed(code_of("03_training")["ahead"]) == "34 layers: 1\n50 layers: 1 2 3\n"
+    assert printed(code_of("03_training")["ahead"]) == (
+        "plain-34 is ahead in epochs: [1]\nplain-50 is ahead in epochs: [1, 2, 3]\n")
 
 
 def test_notebook_3_shows_two_networks_that_learn():
