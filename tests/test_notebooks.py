@@ -6,7 +6,9 @@ import re
 import statistics
 import subprocess
 import sys
+import types
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
@@ -428,12 +430,107 @@ def zero_gamma(gpu):
     return 100 * runs.pivot_table(index="zero_gamma", columns="model", values="val_accuracy")
 
 
+def cells_of(name):
+    """The code cells of a notebook by their id."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    return {cell["id"]: cell for cell in cells if cell["cell_type"] == "code"}
+
+
+def printed(cell):
+    return "".join(text for _, text in outputs(cell))
+
+
 def test_notebook_3_tells_the_committed_runs():
-    takeaways, runs = markdown_of("03_training"), committed_runs()
-    end = runs[(runs.epoch == runs.epochs) & (runs.seed == 0)].set_index("model").loss
+    told, runs = markdown_of("03_training"), committed_runs()
+    runs = runs[(runs.seed == 0) & runs.model.isin(["plain34", "resnet34", "plain50", "resnet50"])]
+    end = runs[runs.epoch == runs.epochs].set_index("model").loss
     assert (f"ResNet-34 falls to {end.resnet34:.3f}, of ResNet-50 to {end.resnet50:.3f} and of "
             f"plain-34 to {end.plain34:.3f}: all three learn. plain-50 ends at {end.plain50:.3f}, "
-            f"hardly below guessing ({np.log(2):.3f})") in takeaways
+            f"hardly below guessing ({np.log(2):.3f})") in told
+    assert (end <= 0.98 * np.log(2)).to_dict() == {
+        "plain34": True, "resnet34": True, "plain50": False, "resnet50": True}
+    by_epoch = runs.pivot(index="epoch", columns="model", values="loss")
+    assert (by_epoch.loc[15] < by_epoch.loc[1]).all()  # "the loss falls in all four"
+    ahead = [by_epoch.index[by_epoch[f"plain{d}"] < by_epoch[f"resnet{d}"]] for d in (34, 50)]
+    assert [list(epochs) for epochs in ahead] == [[1], [1, 2, 3]]
+    assert ("plain-34 is ahead of ResNet-34 in the first epoch and plain-50 ahead of ResNet-50 in "
+            "the first three") in told
+    assert printed(cells_of("03_training")["ahead"]) == (
+        "plain-34 is ahead in epochs: [1]\nplain-50 is ahead in epochs: [1, 2, 3]\n")
+
+
+def test_notebook_3_shows_two_networks_that_learn():
+    cells = cells_of("03_training")
+    ends = re.findall(r"([\w-]+): ([\d.]+)%", printed(cells["ends"]))
+    accuracy = {name: float(percent) for name, percent in ends}
+    assert accuracy["ResNet-20"] > 65 and accuracy["plain-20"] > 60
+    assert accuracy["ResNet-20"] > accuracy["plain-20"]  # "ResNet-20 is ahead"
+    for name in ("fit", "twin"):
+        for key in ("loss", "val_loss"):
+            losses = [float(x) for x in re.findall(rf" {key}: ([\d.]+)", printed(cells[name]))]
+            assert len(losses) == 3 and losses[-1] < min(losses[0], 0.95 * np.log(2))
+
+
+def test_notebook_3_knows_every_part_of_the_plan():
+    scope = {}
+    exec("".join(cells_of("03_training")["plan-parts"]["source"]), scope)
+    assert set(scope["WHAT"]) == set(pd.read_csv(ROOT / "results" / "plan.csv").part)
+
+
+def solved(part, **given):
+    """What the solutions of one notebook define."""
+    answers = {"rh": rh, "keras": keras, "np": np, "pd": pd, **given}
+    for name, cell in cells_of("solutions").items():
+        if name.startswith(f"{part}-"):
+            exec("".join(cell["source"]), answers)
+    return answers
+
+
+def check_exercises(notebook, given, answers, wrong, capsys):
+    """The exercises' cells with the solutions' answers, with wrong ones, and with none."""
+    exercises = cells_of(notebook)
+    for source, verdict in ((answers, "{} is right"), (wrong, "{} is not right yet"),
+                            (dict.fromkeys(wrong), "put your answer into {}")):
+        capsys.readouterr()
+        scope = given | {name: source[name] for name in wrong}
+        for name in ("def-check", *(name for name in exercises if name.startswith("exercise-"))):
+            lines = "".join(exercises[name]["source"]).splitlines()
+            exec("\n".join(x for x in lines if not re.match(r"[\w =]+ = None\b", x)), scope)
+        said = capsys.readouterr().out.splitlines()
+        assert said == [verdict.format(name) for name in wrong]
+
+
+def test_solutions_are_right_by_the_checks_of_notebook_1(capsys, tiny_cats):
+    answers = solved("data")
+    wrong = {"batches_and_last": [1, 100], "mean_image": answers["mean_image"].mean(axis=(0, 1)),
+             "first_labels": answers["first_labels"][::-1]}
+    given = {"rh": rh, "np": np, "data": answers["data"]}
+    check_exercises("01_data", given, answers, wrong, capsys)
+
+
+def test_solutions_are_right_by_the_checks_of_notebook_3(capsys):
+    data = types.SimpleNamespace(class_names=["cat", "dog"])
+    images = np.random.default_rng(0).random((64, 32, 32, 3), dtype="float32")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    given = {"rh": rh, "keras": keras, "np": np, "data": data, "x": images,
+             "y": np.arange(64) % 2, "loss": loss}
+    answers = solved("training")
+    wrong = {"number_of_steps": 3810, "highest_at": 126, "higher": "plain34", "spread": 0.7,
+             "gap": 5.8, "my_schedule": lambda step: answers["my_schedule"](step + 1)}
+    check_exercises("03_training", given, answers, wrong, capsys)
+
+
+def test_solutions_are_right_by_the_checks_of_notebook_4(capsys, monkeypatch):
+    """On the notebook's own sets, made by its cells."""
+    monkeypatch.setenv("RESNET_PROFILE", "full")
+    monkeypatch.delenv("RESNET_DATASET", raising=False)
+    given, cells = {"rh": rh, "np": np, "pd": pd}, cells_of("04_ablation")
+    for name in ("runs", "columns", "changed", "own", "sets", "choose", "format-percent",
+                 "make-table", "table"):
+        exec("".join(cells[name]["source"]), given)
+    answers = solved("ablation")
+    wrong = {"lower_loss": [18], "interval": [13.0, 25.0], "how_many": 2}
+    check_exercises("04_ablation", given, answers, wrong, capsys)
 
 
 def page(name):
