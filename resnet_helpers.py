@@ -32,6 +32,7 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import requests
 import scipy.stats
 import seaborn as sns
 from keras import layers, ops
@@ -88,10 +89,9 @@ def _require(condition, needed, received):
 
 
 def _require_one_of(what, received, allowed):
-    """The allowed value that equals the received one."""
     allowed = list(allowed)
     _require(received in allowed, f"{what} out of {', '.join(map(str, allowed))}", repr(received))
-    return allowed[allowed.index(received)]
+    return received
 
 
 def write_atomically(path, write):
@@ -142,7 +142,6 @@ def prepare_dataset(profile=None, name=None):
     profiles but "full" fall back to handwritten digits, unless a data set was asked for. Other
     failures raise RuntimeError, names that nobody knows ValueError.
     """
-    import requests
     import tensorflow_datasets as tfds
 
     asked_for = name or os.environ.get("RESNET_DATASET")
@@ -156,6 +155,8 @@ def prepare_dataset(profile=None, name=None):
         with filelock.FileLock(data_dir() / f"{_short_name(name)}.lock"):  # two may start at once
             _download(name)
         return name
+    except ValueError:
+        raise
     except Exception as error:
         offline = isinstance(error, requests.exceptions.RequestException)
         if asked_for or get_profile(profile) == "full" or not offline:
@@ -167,14 +168,13 @@ def prepare_dataset(profile=None, name=None):
 
 
 def _download(name):
-    import requests
     import tensorflow_datasets as tfds
     from sklearn.datasets import load_digits
     from tensorflow_datasets.image_classification import cats_vs_dogs
 
     if name != DIGITS:
         # Without a network TFDS would try for minutes.
-        url = cats_vs_dogs._URL if name == "cats_vs_dogs" else "https://storage.googleapis.com"
+        url = cats_vs_dogs._URL if name == "cats_vs_dogs" else "https://www.tensorflow.org"
         requests.head(url, timeout=10, allow_redirects=True).raise_for_status()
         builder = tfds.builder(name, data_dir=data_dir())
         _require("/" in name or not builder.builder_config,
@@ -219,7 +219,7 @@ def _load(path):
 def _decoded_path(name, image_size):
     """Path of the file of decoded images; None if there is neither one nor the data set."""
     folder = _folder("RESNET_DATA", "~/.cache/resnet_helpers")
-    stem = f"{_short_name(name)}-{image_size}px"
+    stem = f"{_short_name(name)}-{image_size}px-"
     if os.path.isabs(name):
         found = _pictures(name) if os.path.isdir(name) else []
         state = "".join(f"{file}{file.stat().st_mtime_ns}" for file in found)
@@ -227,8 +227,9 @@ def _decoded_path(name, image_size):
         found = sorted((data_dir() / name).glob("[0-9]*/dataset_info.json"))
         state = "".join(file.read_text() for file in found)
     if not found:
-        return next(folder.glob(f"{stem}-*.npz"), None)
-    return folder / f"{stem}-{zlib.crc32(state.encode()):08x}.npz"  # another one for a changed set
+        there = folder.glob("*.npz")
+        return next((path for path in there if path.name.startswith(stem)), None)
+    return folder / f"{stem}{zlib.crc32(state.encode()):08x}.npz"  # another one for a changed set
 
 
 def _decode_tfds(name, image_size):
@@ -237,7 +238,7 @@ def _decode_tfds(name, image_size):
 
     def decode(example):
         image = tf.image.resize(example["image"], [image_size, image_size], antialias=True)
-        image = tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+        image = tf.saturate_cast(tf.round(image), tf.uint8)
         if image.shape[-1] == 1:
             image = tf.image.grayscale_to_rgb(image)
         return image, example["label"]
@@ -262,7 +263,7 @@ def _decode_tfds(name, image_size):
 def _pictures(folder):
     """The pictures in a folder's subfolders, in a fixed order."""
     classes = [path for path in pathlib.Path(folder).iterdir() if path.is_dir()]
-    found = {path.name: [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
+    found = {path.name: [file for file in path.glob("[!.]*") if file.suffix.lower() in PICTURES]
              for path in sorted(classes) if not path.name.startswith(".")}
     _require(len(found) >= 2 and all(found.values()),
              f"at least two subfolders of {folder}, each with pictures ({', '.join(PICTURES)}) of "
@@ -272,7 +273,6 @@ def _pictures(folder):
 
 def _decode_folder(folder, image_size):
     files = _pictures(folder)
-    classes = sorted({file.parent.name for file in files})
     files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
     images = np.empty((len(files), image_size, image_size, 3), "uint8")
     for i, file in enumerate(files):
@@ -282,9 +282,9 @@ def _decode_folder(folder, image_size):
             images[i] = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
         except Exception as error:  # a broken picture can raise anything
             raise ValueError(f"{file} is no picture ({error}). Mend or remove it.") from error
-    labels = np.array([classes.index(file.parent.name) for file in files])
+    classes, labels = np.unique([file.parent.name for file in files], return_inverse=True)
     n = 7 * len(files) // 10
-    return Data(np.array(classes), images[:n], labels[:n], images[n:], labels[n:])
+    return Data(classes, images[:n], labels[:n], images[n:], labels[n:])
 
 
 def normalize(images):
@@ -368,7 +368,8 @@ class Conv2D(layers.Conv2D):
             inputs = inputs[:, ::stride, ::stride]
             return self._product(inputs, ops.reshape(kernel, (-1, self.filters)), inputs.shape[1:3])
         if size <= max(stride, pad + 1):  # each output pixel sees the whole image, or is alone
-            ys, xs = (range(0, length, stride) for length in inputs.shape[1:3])
+            ys = range(0, inputs.shape[1], stride)
+            xs = range(0, inputs.shape[2], stride)
             inputs = inputs[:, : pad + 1, : pad + 1]
             parts = [self._seen(inputs, kernel, pad - y, pad - x) for y in ys for x in xs]
             return self._product(inputs, ops.concatenate(parts, axis=1), (len(ys), len(xs)))
@@ -468,8 +469,7 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
             in the authors' released networks, or in its "3x3" ("v1.5").
         zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
         shortcut_scale: a in y = relu(F(x) + a x): 1 in the paper.
-        mirrored: 0 is He's start; 1 makes a plain network linear at its start
-            (`MirroredHeNormal`).
+        mirrored: From 0, He's start, to 1, a plain network that starts linear.
         seed: Makes the initial weights reproducible.
     """
     _require(0 < len(kernel_sizes) == len(channel_sizes),
@@ -479,7 +479,7 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
     _require(0 <= mirrored <= 1, "mirrored from 0 to 1", mirrored)
     _require_one_of("shortcut", shortcut, SHORTCUTS)
     _require_one_of("stride_in", stride_in, STRIDES_IN)
-    strided = 1 if stride_in == "3x3" and kernel_sizes[0] == 1 else 0
+    strided = 1 if stride_in == "3x3" and tuple(kernel_sizes[:2]) == (1, 3) else 0
     last = len(kernel_sizes) - 1
     branch = x  # becomes F(x), the residual branch
     for i, (kernel_size, channels) in enumerate(zip(kernel_sizes, channel_sizes)):
@@ -498,12 +498,11 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
 
 def _shortcut(x, branch, shortcut, stride, name, mirrored, seed):
     """x, or W_s x, in the shape of the residual branch."""
-    filters = branch.shape[-1]
-    if shortcut == "projection_all" or (shortcut == "projection" and branch.shape != x.shape):
-        return conv_bn(x, filters, 1, stride, f"{name}_0", seed, mirrored=mirrored)  # W_s x
-    if branch.shape == x.shape:
+    if branch.shape == x.shape and shortcut != "projection_all":
         return x
-    missing = filters - x.shape[-1]
+    if shortcut != "zero_pad":
+        return conv_bn(x, branch.shape[-1], 1, stride, f"{name}_0", seed, mirrored=mirrored)
+    missing = branch.shape[-1] - x.shape[-1]
     _require(missing >= 0, "a projection where channels become fewer", shortcut)
     return ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, missing)))
 
@@ -552,9 +551,8 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
         x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # harmless after a ReLU
         x = layers.MaxPooling2D(3, strides=2, name="pool1_pool")(x)
     for block_num, (num_units, width) in enumerate(zip(units_per_block, channels), start=2):
-        kernel_sizes, channel_sizes = (3, 3), (width, width)
-        if bottleneck:
-            kernel_sizes, channel_sizes = (1, 3, 1), (width, width, 4 * width)
+        kernel_sizes = (1, 3, 1) if bottleneck else (3, 3)
+        channel_sizes = (width, width, 4 * width) if bottleneck else (width, width)
         x = build_resnet_block(x, block_num, num_units, kernel_sizes, channel_sizes,
                                mirrored=mirrored, seed=seed, **options)
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
@@ -586,6 +584,13 @@ CHOICES = {
     "zero_gamma": (False, True),
     "schedule": ("half an epoch up, cosine down",), "augmentation": ("flips, 4-pixel shifts",)}
 NO_SHORTCUTS = {"shortcut": ("none",), "zero_gamma": (False,), "shortcut_scale": (1.0,)}
+HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
+MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays through a run
+NEWER = {"zero_gamma": False, "mirrored": 0.0, "shortcut_scale": 1.0}  # than the oldest runs
+# What may differ between networks that are compared; the rate also, but not within a network.
+NETWORK = ["model", "stem", "stride_in", "shortcut", "zero_gamma", "mirrored", "shortcut_scale"]
+RECIPE = ["dataset", "image_size", "batch_size", "train_images", "val_images", "epochs",
+          "optimizer", "schedule", "augmentation", *MACHINE]
 
 
 def make_config(model, profile=None, dataset=None, seed=0, **changes):
@@ -617,12 +622,12 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
 
 
 def _checked(key, value, usual, choices):
-    """An entry of a configuration: one of its choices, or a Python number of the usual type."""
+    """An entry of a configuration, in the usual type: one of its choices, or a number."""
+    kind = type(usual)
     if choices:
-        return _require_one_of(key, value, choices)
+        return kind(_require_one_of(key, value, choices))
     least = 0 if key in ("seed", "learning_rate", "mirrored", "shortcut_scale") else 1
     most = 1 if key == "mirrored" else math.inf
-    kind = type(usual)
     try:
         number = kind(str(value))  # np.float32(0.003) to 0.003
     except ValueError:
@@ -675,8 +680,7 @@ def learning_rate(config):
 
 def build_from_config(config, num_classes):
     """The compiled network of a configuration."""
-    keys = ["stem", "stride_in", "zero_gamma", "shortcut_scale", "mirrored", "shortcut", "seed"]
-    options = {key: config[key] for key in keys if config[key] != "none"}
+    options = {key: config[key] for key in (*NETWORK[1:], "seed") if config[key] != "none"}
     size = config["image_size"]
     model = create_model(config["model"], (size, size, 3), num_classes, **options)
     if config["optimizer"] == "sgd":
@@ -703,13 +707,14 @@ def _cores():
 def _device():
     """Such as "CPU x86_64" or "NVIDIA H200"."""
     backend = keras.backend.backend()
-    if "CPU" in str(ops.zeros(()).device).upper():
+    name = str(ops.zeros(()).device)
+    if "CPU" in name.upper():
         return f"CPU {platform.machine()}"
     module = sys.modules[backend]
     if backend == "jax":
         return module.devices()[0].device_kind
     if backend == "torch":
-        return module.cuda.get_device_name()
+        return module.cuda.get_device_name() if "cuda" in name else name
     gpu = module.config.list_physical_devices("GPU")[0]
     return module.config.experimental.get_device_details(gpu)["device_name"]
 
@@ -717,16 +722,13 @@ def _device():
 def environment(data):
     """What is saved with a run: versions, device, threads, start, checksums of the images."""
     backend = keras.backend.backend()
-    here = pathlib.Path(__file__).parent
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output(["git", "-C", here, "rev-parse", "HEAD"], text=True,
-                                         stderr=subprocess.DEVNULL).strip()
+    commit = subprocess.run("git rev-parse --verify HEAD", shell=True, capture_output=True,
+                            text=True, cwd=COMMITTED.parent).stdout.strip()
     return {
         "python": platform.python_version(), "keras": keras.__version__, "backend": backend,
         backend: sys.modules[backend].__version__, "numpy": np.__version__, "device": _device(),
-        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or _cores()), "commit": commit,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or _cores()),
+        "commit": commit or None, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": len(data.class_names),
         "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
         "labels_crc32": zlib.crc32(data.val_labels, zlib.crc32(data.train_labels))}
@@ -772,7 +774,7 @@ def _check_saved(path, config, keep_weights):
         _require(weights.exists() or not keep_weights,
                  f"{weights.name} beside the finished run; move that away to train it again", path)
     elif run:
-        _read_arrays(_checkpoint(path))
+        _read_arrays(_checkpoint(path))  # all of it, to see whether it is whole
     return run
 
 
@@ -802,8 +804,8 @@ def _train(config, path, keep_weights, verbose):
     run = {"config": config, "status": "finished", "history": {key: [] for key in HISTORY},
            "environment": environment(data)}
     if _checkpoint(path).exists():
-        run |= _restore(_checkpoint(path), run, _state(model))
-    while len(run["history"]["loss"]) < config["epochs"] and run["status"] == "finished":
+        run = _restore(_checkpoint(path), run, _state(model))
+    while len(run["history"]["loss"]) < config["epochs"] and run["status"] != "diverged":
         key = (config["seed"], len(run["history"]["loss"]))
         train = Batches(data.train_images[:n], data.train_labels[:n], config["batch_size"], key)
         _train_epoch(model, train, val, run)
@@ -830,9 +832,8 @@ def _state(model):
 
 
 def _save_checkpoint(path, run, state):
-    arrays = {str(i): variable for i, variable in enumerate(state)}
-    save = functools.partial(np.savez, run=json.dumps(run), **arrays)
-    write_atomically(_checkpoint(path), save)
+    arrays = {"run": json.dumps(run)} | {str(i): value for i, value in enumerate(state)}
+    write_atomically(_checkpoint(path), lambda partial: np.savez(partial, **arrays))
 
 
 def _restore(path, run, state):
@@ -907,8 +908,8 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
     Prints a line per epoch. The first failure ends all; finished epochs are kept. `executor` is
     anything with `submit`: a `process_pool` (of one, by default), or a cluster (Dask, submitit)
     that sees the same folder. `show` is called with all epochs so far whenever one has ended.
-    A process that trains several runs grows: TensorFlow keeps about 0.3 GB of each.
     """
+    configs = list(configs)
     paths = [run_path(config, folder) for config in configs]
     _require(0 < len(paths) == len(set(paths)), "each run once, and at least one", paths)
     tables = {}
@@ -963,23 +964,16 @@ def _tell(path, tables):
 
 # ---- results ----
 
-HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
-MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays through a run
-NEWER = {"zero_gamma": False, "mirrored": 0.0, "shortcut_scale": 1.0}  # than the oldest runs
-# What may differ between networks that are compared; the rate also, but not within a network.
-NETWORK = ["model", "stem", "stride_in", "shortcut", "zero_gamma", "mirrored", "shortcut_scale"]
-RECIPE = ["dataset", "image_size", "batch_size", "train_images", "val_images", "epochs",
-          "optimizer", "schedule", "augmentation", *MACHINE]
-
 
 def read_run(path):
     """Read one run's file as a dict; entries younger than the file have their usual values."""
     try:
         run = json.loads(pathlib.Path(path).read_text())
         run["history"] = {key: run["history"][key] for key in HISTORY}
-        run["config"] = {**run["config"], **NEWER, **run["config"]}
+        for key, usual in NEWER.items():
+            run["config"].setdefault(key, usual)
         table = _run_table(run, path)
-        table[[*NETWORK, "learning_rate", "seed"]]
+        table[[*NETWORK, "learning_rate", "seed"]]  # a KeyError if one is missing
         _require(len(table) == run["config"]["epochs"] or run["status"] == "diverged",
                  f"{run['config']['epochs']} epochs", len(table))
         return run
@@ -998,10 +992,10 @@ def read_runs(folder):
 def _run_table(run, path):
     table = pd.DataFrame(run["history"], dtype=float)
     machine = {key: run["environment"].get(key, math.nan) for key in MACHINE}
-    # Runs older than this entry are of cats and dogs.
-    classes = run["environment"].get("classes", 2)
-    table = table.assign(file=pathlib.Path(path).name, status=run["status"], classes=classes)
-    return table.assign(epoch=range(1, len(table) + 1), **run["config"], **machine)
+    classes = run["environment"].get("classes", 2)  # older runs are of cats and dogs
+    return table.assign(
+        file=pathlib.Path(path).name, status=run["status"], classes=classes,
+        epoch=range(1, len(table) + 1), **run["config"], **machine)
 
 
 def network_name(row):
@@ -1028,8 +1022,8 @@ def last_epochs(runs):
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({some}).")
     twice = runs[runs.duplicated(["file", "epoch"])].file.unique()
     _require(not len(twice), "files with different names", f"more than one {', '.join(twice)}")
-    last = runs.groupby("file").tail(1)
-    last = last.mask(last.status == "diverged", last.assign(**dict.fromkeys(HISTORY, math.nan)))
+    last = runs.groupby("file").tail(1).copy()
+    last.loc[last.status == "diverged", list(HISTORY)] = math.nan
     for network, part in last.groupby(NETWORK):
         _require(part.learning_rate.nunique() == 1 and part.seed.is_unique,
                  f"runs of {network[0]} with one learning rate, and one run per seed",
@@ -1067,9 +1061,9 @@ def ablation_table(runs, metric="val_accuracy"):
     last = last.assign(layers=last.model.map(MODELS))
     twins = ["layers", "stem", "stride_in", "mirrored"]
     is_plain = last.model.str.startswith("plain")
-    plain = dict(list(last[is_plain].groupby(twins)))
+    plain = {twin: part for twin, part in last[is_plain].groupby(twins)}
     rows, used = {}, set()
-    for _, residual in last[~is_plain].groupby(["layers", *NETWORK], sort=True):
+    for _, residual in last[~is_plain].groupby(["layers", *NETWORK]):
         row = residual.iloc[0]
         twin = tuple(row[twins])
         _require(twin in plain, f"runs of plain{row.layers} beside {row.model}", row.file)

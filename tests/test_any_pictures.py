@@ -49,6 +49,7 @@ def folder(places):
             mode, suffix = FORMATS[i % len(FORMATS)]
             draw(root / colour / f"{i}{suffix}", mode, rng, channel)
         (root / colour / "notes.txt").write_text("no picture")
+        (root / colour / "._1.png").write_text("what some systems leave beside a picture")
     (root / ".hidden").mkdir()
     (root / "notes.txt").write_text("no class")
     return str(root)

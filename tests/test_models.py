@@ -362,6 +362,14 @@ def test_batch_norm_follows_a_batch_as_the_series_says(name):
     assert {(layer.momentum, layer.epsilon) for layer in norms} == {(0.9, 1e-5)}
 
 
+def test_a_unit_strides_once_whatever_its_kernels():
+    x = keras.Input((8, 8, 4))
+    for kernel_sizes in ((1,), (3,), (1, 1), (1, 3, 1), [1, 3, 1]):
+        for stride_in in ("1x1", "3x3"):
+            y = rh.build_unit(x, kernel_sizes, [8] * len(kernel_sizes), 2, "u", stride_in=stride_in)
+            assert y.shape == (None, 4, 4, 8)
+
+
 def test_initial_weights_differ_between_layers_and_seeds():
     nets = [rh.build_resnet((32, 32, 3), [2], [8], 2, seed=seed) for seed in (3, 4)]
     names = "conv2_block1_1_conv", "conv2_block1_2_conv", "conv2_block2_1_conv"

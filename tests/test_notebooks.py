@@ -144,7 +144,8 @@ def both_tables(runs):
     for depth in shown.index:
         pair = [end[(end.model == f"{kind}{depth.split()[0]}")] for kind in ("plain", "resnet")]
         shown.loc[depth, "in training"] = ", ".join(f"{100 * p.accuracy.mean():.1f}" for p in pair)
-        shown.loc[depth, "rate"] = ", ".join(f"{p.learning_rate.iloc[0]:g}" for p in pair)
+        for kind, part in zip(("plain", "residual"), pair):
+            shown.loc[depth, f"{kind} rate"] = f"{part.learning_rate.iloc[0]:g}"
         shown.loc[depth, "seeds"] = ", ".join(str(p.seed.nunique()) for p in pair)
         shown.loc[depth, "hardly learned"] = ", ".join(
             str((p.loss > 0.98 * np.log(2)).sum()) for p in pair)
@@ -206,8 +207,10 @@ def test_notebook_4_tells_the_tables():
                 f"{plain_training:+.1f} in training, residual networks by {residual:+.1f} and "
                 f"{residual_training:+.1f}"]
     table, small_table = tables
+    drops = [table[kind].iloc[0] - table[kind].iloc[-1] for kind in ("plain", "residual")]
     say += [f"plain accuracy falls by {-plain:.1f} points from 20 to 56 layers and residual "
-            f"accuracy by {-residual:.1f}"]
+            f"accuracy by {-residual:.1f}; in Table 1's, from 18 to 50 layers, by "
+            "{:.1f} and {:.1f}".format(*drops)]
     size = {name: rh.create_model(name).count_params()
             for name in ("resnet34", "resnet20", "resnet56", "plain56")}
     say += [f"ResNet-20 has {size['resnet34'] / size['resnet20']:.0f} times fewer parameters than "
@@ -271,11 +274,16 @@ def test_notebook_4_tells_the_checks():
     say += ["ResNet-34's are {:.3f}, {:.3f} and {:.3f} at 0.001, 0.003 and 0.01".format(
         *losses[["0.001", "0.003", "0.01"]])]
     common, every = 100 * rh.ablation_table(committed_runs()), every_run()
-    say += [f"at 34 layers is {common.difference['34 layers']:+.1f} at this rate and "
-            f"{table.difference['34 layers']:+.1f} with each network at its own"]
-    gamma = zero_gamma(gpu).resnet50
-    say += [f"ResNet-50 gains {gamma.diff().iloc[-1]:.1f} points at 0.001 and reaches "
-            f"{gamma.iloc[-1]:.1f}%"]
+    words, gap = second_look(every)
+    say += [f"at 34 layers is {common.difference['34 layers']:+.1f} at this rate. On the same "
+            f"device, with each network at its own rate, it is {gap.split()[0]} (set G below)"]
+    gamma = zero_gamma(gpu)
+    say += ["ResNet-34 rises from {:.1f} to {:.1f}%, and ResNet-50 from {:.1f} to {:.1f}%".format(
+        *gamma.resnet34, *gamma.resnet50)]
+    chosen = {"plain34": 0.003, "resnet34": 0.01}
+    gap = tried.loc[chosen["resnet34"], "resnet34"] - tried.loc[chosen["plain34"], "plain34"]
+    say += [f"has the 34-layer networks {gap:.1f} points apart, where set A has "
+            f"{table.difference['34 layers']:.1f}"]
     say += ["".join(second_look(every))]
     one = seed_0_at_the_common_rate(every)
     say += ["{:.1f} against {:.1f}% at 34 layers and {:.1f} against {:.1f}% at 50".format(
@@ -291,6 +299,9 @@ def test_notebook_4_tells_the_checks():
     middle = gpu[(gpu.epochs == 45) & (gpu.epoch == 30)].loss.item()
     assert middle > 0.98 * np.log(2)  # "near guessing again"
     loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
+    say += [f"at {loss:.3f} against {np.log(2):.3f}, and two of its three runs"]
+    hardly = rh.ablation_table(main)["plain hardly learned"]
+    assert hardly.tolist() == [0, 0, 2]
     say += [f"ResNet-56 has {hour.resnet56:.1f}% and ResNet-20 {hour.resnet20:.1f}%",
             f"training loss ends at {loss:.3f}, and guessing scores {np.log(2):.3f}. With 45 "
             f"epochs it reaches {slow.loss:.3f} and {100 * slow.val_accuracy:.1f}%"]
@@ -368,7 +379,7 @@ def seed_0_at_the_common_rate(every):
 
 
 def test_the_appendix_tells_the_outcomes():
-    """The five predictions, each checked and told; the correlation; the landscapes."""
+    """The five predictions, each checked and told; the correlation and its rival."""
     text, (main, small, _, gpu) = markdown_of("appendix_why"), gpu_runs()
     table = 100 * rh.ablation_table(small[small.seed <= 3])
     residual, plain = table.residual, table.plain
@@ -385,7 +396,7 @@ def test_the_appendix_tells_the_outcomes():
                for name in ("resnet34", "resnet50"))
     told = [("resnet34", True), ("resnet34", False), ("resnet50", True), ("resnet50", False),
             ("resnet18", False)]
-    say += ["ResNet-34 has {:.1f}% in place of {:.1f}, ResNet-50 {:.1f} in place of {:.1f}, the "
+    say += ["ResNet-34 has {:.1f}% instead of {:.1f}, ResNet-50 {:.1f} instead of {:.1f}, the "
             "larger gain; ResNet-18, near which both should end, has {:.1f}".format(
                 *(first[network] for network in told))]
     one = seed_0_at_the_common_rate(every_run()).xs("projection", level="shortcut")
@@ -401,24 +412,83 @@ def test_the_appendix_tells_the_outcomes():
     gamma = zero_gamma(gpu).diff().iloc[-1]
     say += [f"rose by {gamma.resnet34:.1f} and {gamma.resnet50:.1f} points",
             f"ResNet-50 gains {gamma.resnet50:.1f} points"]
-    measure = pd.read_csv(ROOT / "results" / "measure.csv", index_col=0)
-    say += [f"rank correlation {measure.corr(method='spearman').iloc[0, 1]:.2f}"]
-    pairs = [measure.measure[f"resnet{d}"] - measure.measure[f"plain{d}"]
-             for d in (18, 34, 50, 20, 32, 56)]
-    assert len(measure) == 12 and min(pairs) > 0  # "picked the better network of each" pair
-    means = pd.concat([own, 100 * rh.ablation_table(small)])
-    for name, accuracy in measure["accuracy, %"].items():
-        kind = "plain" if name.startswith("plain") else "residual"
-        assert accuracy == pytest.approx(means[kind][f"{rh.MODELS[name]} layers"], abs=1e-3)
-    loss = pd.read_csv(ROOT / "results" / "landscapes.csv", index_col=["model", "a", "b"]).loss
-    middle, below = loss.xs((0, 0), level=["a", "b"]), (loss < np.log(2)).groupby("model").sum()
-    assert loss.groupby("model").size().tolist() == [625, 625]
-    say += [f"{middle.plain56:.3f} for plain-56 and {middle.resnet56:.3f} for ResNet-56. Of the "
-            f"625 points {below.plain56} and {below.resnet56} have",
-            f"plain-56's loss reaches {loss.plain56.max():.1e}, ResNet-56's "
-            f"{loss.resnet56.max():.1e}"]
+    points = measured_and_reached(main, small)
+    correlation = points.corr(method="spearman").accuracy
+    say += [f"a rank correlation of {correlation.measure:.2f}",
+            f"(rank correlation {correlation.measure:.2f})",
+            f"the growth of the gradient does it nearly as well ({correlation.growth:.2f})"]
+    pairs = [points.loc[f"resnet{d}"] - points.loc[f"plain{d}"] for d in (18, 34, 50, 20, 32, 56)]
+    assert len(points) == 12  # "picks the better network of each of the six pairs"
+    assert all(pair.measure > 0 and pair.accuracy > 0 for pair in pairs)
+    say += ["{plain34:.2f} in plain-34 and {plain50:.2f} in plain-50".format(**points.growth),
+            "{resnet34:.2f} in ResNet-34 and {resnet50:.2f} in ResNet-50".format(**points.growth)]
     for words in say:
         assert words in text, words
+
+
+def measured_and_reached(main, small):
+    """Measure and growth before training (means over three seeds) beside the mean accuracy."""
+    measures = pd.read_csv(ROOT / "results" / "measure.csv")
+    assert set(measures.seed) == {0, 1, 2} and len(measures) == 90
+    he = measures.query("not zero_gamma and mirrored == 0 and shortcut_scale == 1")
+    ends = pd.concat([main, small]).query("epoch == 15")
+    points = he.groupby("model")[["measure", "growth"]].mean()
+    return points.assign(accuracy=100 * ends.groupby("model").val_accuracy.mean())
+
+
+def seed_0_of_the_test():
+    """Validation accuracy in percent by network, rate and share mirrored: two cores, seed 0."""
+    runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    runs = runs.query("epoch == 15 and epochs == 15 and seed == 0 and optimizer == 'adam'")
+    runs = runs.query("shortcut_scale == 1 and not zero_gamma")
+    small = ~runs.model.map(rh.MODELS).isin(rh.UNITS)
+    runs = runs[small | (runs.shortcut != "zero_pad")]
+    return 100 * runs.set_index(["model", "learning_rate", "mirrored"]).val_accuracy
+
+
+def wiring(cause, depth):
+    """Of a depth: mirrored plain, plain, and residual, at the rate of the comparison."""
+    rate = 0.003 if depth == 56 else 0.001
+    plain = [cause[f"plain{depth}", rate, mirrored] for mirrored in (1, 0)]
+    return *plain, cause[f"resnet{depth}", rate, 0]
+
+
+def test_the_appendix_tells_the_test():
+    """So far seed 0, from the runs of the plan that are here."""
+    text, cause, say = markdown_of("appendix_why"), seed_0_of_the_test(), []
+    for depth in (56, 34, 50):
+        mirrored, plain, residual = wiring(cause, depth)
+        say += [f"mirrored plain-{depth} reaches {mirrored:.1f}% instead of {plain:.1f}"]
+        assert mirrored - plain > 0.5 * (residual - plain)  # "most of the way"
+        assert any(words.format(depth, residual) in text for words in (
+            "ResNet-{} has {:.1f}.", "as much as ResNet-{} ({:.1f})"))
+    fast = [cause["plain34", 0.003, mirrored] for mirrored in (1, 0)]
+    say += ["mirrored plain-34 has {:.1f}% where He's start has {:.1f}".format(*fast),
+            "{:.1f} instead of {:.1f}, a miss, and the clearest one".format(*fast),
+            f"(0.003): {cause['plain56', 0.003, 1]:.1f}, a hit",
+            f"(0.001): {cause['plain50', 0.001, 1]:.1f}, a miss"]
+    small = [cause["plain20", 0.003, mirrored] for mirrored in (1, 0)]
+    gain = small[0] - small[1]
+    say += ["{:.1f} instead of {:.1f}, a miss: it gains {:.1f}".format(*small, gain)]
+    assert cause["plain56", 0.003, 1] >= 80 and cause["plain50", 0.001, 1] < 70 and gain > 2
+    say += ["lifts plain-56 from {1:.1f} to {0:.1f}%".format(*wiring(cause, 56)),
+            "plain-34 from {1:.1f} to {0:.1f} and".format(*wiring(cause, 34)),
+            "plain-50 from {1:.1f} to {0:.1f}, each".format(*wiring(cause, 50))]
+    measures = pd.read_csv(ROOT / "results" / "measure.csv").query("mirrored == 1")
+    assert measures.groupby("model").measure.mean().plain34.round(2) >= 0.99
+    for words in say:
+        assert words in text, words
+
+
+def test_the_appendix_tells_the_lesions():
+    taken = pd.read_csv(ROOT / "results" / "lesions.csv", index_col="unit")
+    lost = taken.loc["whole"] - taken.drop("whole")
+    assert len(lost) == 24
+    say = [f"{(lost.resnet56 < 1).sum()} of 24 units cost less than a point",
+           f"the median loss is {lost.plain56.median():.1f} points",
+           "for {} of 24".format((taken.drop("whole").plain56 < 55).sum())]
+    for words in say:
+        assert words in markdown_of("appendix_why"), words
 
 
 def zero_gamma(gpu):
@@ -533,6 +603,14 @@ def test_solutions_are_right_by_the_checks_of_notebook_4(capsys, monkeypatch):
     check_exercises("04_ablation", given, answers, wrong, capsys)
 
 
+def test_solutions_are_right_by_the_checks_of_the_appendix(capsys):
+    measures = pd.read_csv(rh.COMMITTED / "measure.csv")
+    he = measures.query("not zero_gamma and mirrored == 0 and shortcut_scale == 1")
+    given, answers = {"rh": rh, "np": np, "pd": pd, "he": he}, solved("appendix")
+    wrong = {"how_many": 3, "times": 52 * 1.15, "my_mirror": lambda kernel: -kernel}
+    check_exercises("appendix_why", given, answers, wrong, capsys)
+
+
 def page(name):
     return (ROOT / name).read_text()
 
@@ -567,16 +645,21 @@ def test_readme_tells_the_finding_and_the_why():
     own, small_table = 100 * rh.ablation_table(main), 100 * rh.ablation_table(small)
     plain, residual = (small_table[kind].iloc[0] - small_table[kind].iloc[-1]
                        for kind in ("plain", "residual"))
+    drops = [own[kind].iloc[0] - own[kind].iloc[-1] for kind in ("plain", "residual")]
     say = [f"costs {plain:.1f} points of validation accuracy without shortcuts and {residual:.1f} "
-           "with them"]
+           "with them; in the family of ResNet-34 and ResNet-50, from 18 to 50 layers, "
+           "{:.1f} and {:.1f}".format(*drops)]
     assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
                for runs in (main, small))  # "training accuracy falls with depth, too"
-    gamma = zero_gamma(gpu).resnet50
-    say += [f"ResNet-50 reaches {gamma[True]:.1f}% instead of {gamma[False]:.1f}% (learning rate "
-            "0.001, three seeds)"]
-    measure = pd.read_csv(ROOT / "results" / "measure.csv", index_col=0)
-    assert len(measure) == 12  # "twelve networks"
-    say += [f"rank correlation {measure.corr(method='spearman').iloc[0, 1]:.2f}"]
+    cause = seed_0_of_the_test()
+    say += ["plain-56 to {:.1f}% instead of {:.1f} (ResNet-56: {:.1f}), plain-34 to {:.1f} instead "
+            "of {:.1f} ({:.1f}), plain-50 to {:.1f} instead of {:.1f} ({:.1f})".format(
+                *(number for depth in (56, 34, 50) for number in wiring(cause, depth))),
+            "gets worse by it ({:.1f} instead of {:.1f})".format(
+                cause["plain34", 0.003, 1], cause["plain34", 0.003, 0])]
+    points = measured_and_reached(main, small)
+    assert len(points) == 12  # "twelve networks"
+    say += [f"rank correlation {points.corr(method='spearman').measure.accuracy:.2f}"]
     counts = json.loads(page("notebooks/01_data.ipynb"))["cells"]
     (share,) = {found for cell in counts for _, text in outputs(cell)
                 for found in re.findall(r"validation +\d+ +\d+ +([\d.]+)%", text)}
@@ -591,10 +674,6 @@ def test_readme_tells_the_finding_and_the_why():
 def test_readme_tells_the_checks():
     main, _, _, gpu = gpu_runs()
     own, common = 100 * rh.ablation_table(main), 100 * rh.ablation_table(committed_runs())
-    say = ["{:+.1f} points at 18 layers, {:+.1f} at 34 and {:+.1f} at 50".format(
-               *common.difference),
-           f"{own.difference['34 layers']:+.1f} are left at 34 layers, with an interval that "
-           "includes 0"]
     assert (own.low < 0).tolist() == [False, True, False]  # "34 layers are undecided"
     every = every_run()
     accuracies, difference = second_look(every)
@@ -604,7 +683,10 @@ def test_readme_tells_the_checks():
     pairs = 100 * (again.val_accuracy["resnet34"] - again.val_accuracy["plain34"])
     ends = scipy.stats.ttest_1samp(pairs, 0).confidence_interval()
     assert "from {:+.1f} to {:+.1f}".format(*ends) in predictions  # "paired by seed"
-    say += [f"give {difference}"]
+    say = ["the gap at 34 layers is {1:+.1f} points with both networks at 0.001 ({0:+.1f} at 18 "
+           "layers, {2:+.1f} at 50; three seeds)".format(*common.difference),
+           f"and {difference.replace(' points', '')}".replace(
+               ", with an", " with each at its own rate, with an")]
     end = gpu[gpu.epoch == gpu.epochs].set_index("model")
     slow = end[end.epochs == 45].loc["plain50"]
     loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()

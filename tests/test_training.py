@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import errno
 import importlib.util
 import itertools
@@ -484,6 +485,8 @@ def test_two_runs_never_share_a_name(tmp_path, monkeypatch):
         rh.train_runs([tiny(), tiny()], folder=tmp_path)
     with pytest.raises(ValueError, match="each run once"):
         rh.train_runs([])
+    with pytest.raises(ValueError, match="each run once"):
+        rh.train_runs(config for config in [tiny(), tiny()])
 
 
 def test_weights_that_a_finished_run_has_not_kept_are_asked_for_in_vain(tmp_path):
@@ -515,11 +518,11 @@ def start_runs(folder, *configs, workers=1):
 
 
 def children(pid):
-    return [
-        int(child)
-        for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    found = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def alive(pid):
