@@ -10,6 +10,7 @@ import pytest
 import resnet_helpers as rh
 import tensorflow as tf
 from notebook_code import stage_table
+from training_runs import predictions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "results" / "weights"
@@ -666,7 +667,6 @@ def test_trained_weights_are_as_good_as_their_run_and_their_card_says(name):
     model = load_trained(name)
     some = rh.Batches(data.val_images[:2000], data.val_labels[:2000], 250)
     logits = model.predict(some, verbose=0)
-    packed = rh.base64.b64decode(run["val_predictions"])
-    answers = np.frombuffer(rh.zlib.decompress(packed), "uint8")
+    answers = predictions(run)
     assert np.mean(answers == data.val_labels) == pytest.approx(accuracy, abs=1e-4)
     assert (logits.argmax(-1) != answers[:2000]).sum() <= 2

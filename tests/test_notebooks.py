@@ -15,6 +15,7 @@ import pytest
 import resnet_helpers as rh
 import scipy.stats
 from notebook_code import format_percent, stage_table
+from training_runs import predictions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -332,8 +333,7 @@ def test_notebook_4_tells_the_images():
     if rh.environment(data)["images_crc32"] != main.images_crc32.iloc[0]:
         pytest.skip("the images here are another copy of cats_vs_dogs")
     for run in main[main.epoch == 15].itertuples():
-        packed = rh.read_run(ROOT / "results" / "gpu" / run.file)["val_predictions"]
-        answers = np.frombuffer(rh.zlib.decompress(rh.base64.b64decode(packed)), "uint8")
+        answers = predictions(rh.read_run(ROOT / "results" / "gpu" / run.file))
         right[run.model, run.seed] = answers == data.val_labels
         assert right[run.model, run.seed].mean() == pytest.approx(run.val_accuracy, abs=2e-4)
     shares = {}

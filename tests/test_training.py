@@ -25,6 +25,7 @@ from training_runs import (
     finish,
     losses,
     outcome,
+    predictions,
     start,
     wait_for,
     write_images,
@@ -152,10 +153,6 @@ def test_learning_rate_rises_for_half_an_epoch_and_ends_at_zero():
     assert rates[2] > rates[3] > rates[4] > rates[5] and rates[5:] == pytest.approx(
         [0, 0], abs=1e-8
     )
-
-
-def predictions(run):
-    return np.frombuffer(rh.zlib.decompress(rh.base64.b64decode(run["val_predictions"])), "uint8")
 
 
 def test_predictions_are_kept_for_every_validation_image(whole):

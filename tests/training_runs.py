@@ -4,12 +4,14 @@ As a program it trains one run:
 python tests/training_runs.py FOLDER '{"epochs": 2}' '{"without": ["tensorflow"]}'
 """
 
+import base64
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
+import zlib
 
 import numpy as np
 
@@ -52,6 +54,11 @@ def add_small_nets(rh, setitem=dict.__setitem__):
     setitem(rh.DEPTHS, 10, rh.DEPTHS[18] | {"units_per_block": [1, 1, 1, 1]})
     for name in ("plain10", "resnet10"):
         setitem(rh.MODELS, name, 10)
+
+
+def predictions(run):
+    """A run's answers for the validation images, unpacked."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(run["val_predictions"])), "uint8")
 
 
 def outcome(run):
