@@ -89,7 +89,6 @@ def _require(condition, needed, received):
 
 
 def _require_one_of(what, received, allowed):
-    allowed = list(allowed)
     _require(received in allowed, f"{what} out of {', '.join(map(str, allowed))}", repr(received))
     return received
 
@@ -278,6 +277,7 @@ def _decode_folder(folder, image_size):
     for i, file in enumerate(files):
         try:
             with Image.open(file) as picture:
+                _require(picture.mode[0] not in "IF", "8 bits per colour", picture.mode)
                 picture = ImageOps.exif_transpose(picture).convert("RGB")  # cameras note a turn
             images[i] = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
         except Exception as error:  # a broken picture can raise anything
@@ -356,8 +356,9 @@ MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "res
 class Conv2D(layers.Conv2D):
     """A convolution that pads alike on all sides (Keras's "same" does so only at stride 1).
 
-    Where images are small it is a product of matrices: the same to rounding, in less time, and
-    without the weights that see only padding.
+    For square kernels of odd size and `padding="same"`, without dilation or groups. Where images
+    are small it is a product of matrices: the same to rounding, in less time, and without the
+    weights that see only padding.
     """
 
     def convolution_op(self, inputs, kernel):
@@ -399,7 +400,7 @@ class BatchNormalization(layers.BatchNormalization):
 
     def call(self, inputs, training=None, mask=None):
         fused = keras.backend.backend() == "tensorflow" and self.compute_dtype != "float64"
-        if not (training and self.trainable and fused):
+        if not (training and self.trainable and fused and self.center and self.scale):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
 
@@ -626,7 +627,7 @@ def _checked(key, value, usual, choices):
     kind = type(usual)
     if choices:
         return kind(_require_one_of(key, value, choices))
-    least = 0 if key in ("seed", "learning_rate", "mirrored", "shortcut_scale") else 1
+    least = {"seed": 0, "mirrored": 0, "shortcut_scale": 0, "learning_rate": 1e-9}.get(key, 1)
     most = 1 if key == "mirrored" else math.inf
     try:
         number = kind(str(value))  # np.float32(0.003) to 0.003

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import resnet_helpers as rh
+from PIL import Image
 
 COLOURS = {"blue": 2, "green": 1, "red": 0}  # the classes of the folder, and their channels
 FORMATS = [("L", ".png"), ("RGB", ".jpg"), ("RGB", ".PNG"), ("RGBA", ".png"), ("RGB", ".jpeg")]
@@ -198,6 +199,8 @@ def spoil(root, how):
     elif how == "empty folder":
         for colour in COLOURS:
             pathlib.Path(root, colour).rename(pathlib.Path(root).parent / f"moved {colour}")
+    elif how == "16 bits":
+        Image.fromarray(np.full((40, 40), 30_000, "uint16")).save(red / "3.png")
     else:
         (red / "3.png").write_bytes(b"\x89PNG, but no more")
 
@@ -207,6 +210,7 @@ def spoil(root, how):
     ("empty class", ["each with pictures", "my photos", "'yellow': '0 pictures'"]),
     ("empty folder", ["at least two subfolders", "my photos"]),
     ("broken picture", ["red/3.png is no picture", "Mend or remove it"]),
+    ("16 bits", ["red/3.png", "8 bits per colour. Received: I;16", "Mend or remove it"]),
 ])
 def test_what_is_wrong_with_a_folder_is_told_in_a_sentence(folder, how, words, capsys):
     spoil(folder, how)

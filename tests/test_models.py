@@ -536,6 +536,14 @@ def test_scaled_shortcuts(name, options):
         np.testing.assert_allclose(y, f + 0.25 * x, atol=1e-5)
 
 
+def test_a_batch_norm_without_scale_or_centre_is_kerass():
+    images = np.random.default_rng(0).normal(size=(4, 3, 3, 2)).astype("float32")
+    for options in ({"scale": False}, {"center": False}):
+        ours, keras_own = (kind(**options)(images, training=True) for kind in (
+            rh.BatchNormalization, keras.layers.BatchNormalization))
+        assert difference(ours, keras_own) == 0
+
+
 @pytest.mark.parametrize("shape", [(4, 6, 5, 8), (16, 1, 1, 4), (64, 8, 8, 16)])
 def test_the_fused_batch_norm_equals_kerass(shape):
     ours, keras_own = (
