@@ -9,6 +9,8 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --progress-bar off -c 
 # Runs one notebook and shows what its cells print; copy and messages are in build/.
 PAPERMILL := $(BIN)/papermill --cwd notebooks -k python3 --log-level ERROR --no-progress-bar \
 	--stdout-file /dev/stdout
+# Memory that one step frees is kept for the next (glibc's malloc, read when a process starts).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=4000000000:glibc.malloc.top_pad=268435456
 # What TensorFlow prints when it is loaded goes there and not into a notebook's output.
 export IPYTHONDIR := $(CURDIR)/build/ipython
 KERNEL := $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
