@@ -30,8 +30,6 @@ def places(tmp_path, monkeypatch):
 
 def draw(file, mode, rng, channel):
     """A picture of one colour, gray where the mode is gray: brighter with a higher channel."""
-    from PIL import Image
-
     width, height = map(int, rng.integers(33, 60, 2))
     pixel = [20, 20, 20]
     pixel[channel] = 220
@@ -138,8 +136,6 @@ def test_a_folder_of_pictures(folder, capsys, monkeypatch):
 
 def test_a_picture_is_turned_as_its_camera_notes(folder):
     """Red above, green below, saved turned by a quarter: tag 274 says 6."""
-    from PIL import Image
-
     picture = Image.new("RGB", (40, 60), (200, 0, 0))
     picture.paste((0, 200, 0), (0, 30, 40, 60))
     turned = picture.transpose(Image.Transpose.ROTATE_90)

@@ -111,7 +111,8 @@ def test_notebook_runs(papermill, path):
     papermill((path, ""))
 
 
-USUAL = "optimizer == 'adam' and mirrored == 0 and shortcut_scale == 1 and not zero_gamma"
+HE = "mirrored == 0 and shortcut_scale == 1 and not zero_gamma"  # start and shortcuts of the paper
+USUAL = f"optimizer == 'adam' and {HE}"
 
 
 def every_run():
@@ -431,7 +432,7 @@ def measured_and_reached(main, small):
     """Measure and growth before training (means over three seeds) beside the mean accuracy."""
     measures = pd.read_csv(ROOT / "results" / "measure.csv")
     assert set(measures.seed) == {0, 1, 2} and len(measures) == 90
-    he = measures.query("not zero_gamma and mirrored == 0 and shortcut_scale == 1")
+    he = measures.query(HE)
     ends = pd.concat([main, small]).query("epoch == 15")
     points = he.groupby("model")[["measure", "growth"]].mean()
     return points.assign(accuracy=100 * ends.groupby("model").val_accuracy.mean())
@@ -607,7 +608,7 @@ def test_solutions_are_right_by_the_checks_of_notebook_4(capsys, monkeypatch):
 
 def test_solutions_are_right_by_the_checks_of_the_appendix(capsys):
     measures = pd.read_csv(rh.COMMITTED / "measure.csv")
-    he = measures.query("not zero_gamma and mirrored == 0 and shortcut_scale == 1")
+    he = measures.query(HE)
     given, answers = {"rh": rh, "np": np, "pd": pd, "he": he}, solved("appendix")
     wrong = {"how_many": 3, "times": 52 * 1.15, "my_mirror": lambda kernel: -kernel}
     check_exercises("appendix_why", given, answers, wrong, capsys)
