@@ -1099,22 +1099,39 @@ def plot_histories(runs):
     differ = [key for key in (*NETWORK, *RECIPE, "learning_rate")
               if (runs.groupby("model")[key].nunique() > 1).any()]
     _require(not differ, "runs of a network that differ in the seed alone", f"also {differ}")
-    runs = runs.assign(network=runs.model.map(display_name), layers=runs.model.map(MODELS))
-    keys = ["loss", "val_loss", "accuracy", "val_accuracy"]
-    long = runs.melt(["network", "layers", "seed", "epoch"], keys, var_name="metric")
-    long["part"] = np.where(long.metric.str.startswith("val_"), "validation", "training")
-    long["metric"] = long.metric.str.removeprefix("val_").replace("accuracy", "accuracy, %")
-    long.loc[long.metric != "loss", "value"] *= 100
-    colours = {display_name(model): colour for model, colour in COLOURS.items()}
+    depths = sorted(set(runs.model.map(MODELS)))
     with plt.rc_context(STYLE):
-        grid = sns.relplot(
-            long, x="epoch", y="value", row="metric", col="layers", hue="network", style="part",
-            kind="line", palette=colours, errorbar=("pi", 100), marker="o", markersize=3,
-            markeredgewidth=0, height=2.5, aspect=1.1,
-            facet_kws={"sharey": "row", "margin_titles": True})
-        grid.set_titles(col_template="{col_name} layers", row_template="")
-        grid.set_axis_labels("epoch")
-        for metric, axis in zip(grid.row_names, grid.axes[:, 0]):
-            axis.set_ylabel(metric)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-    return grid.figure
+        figure, axes = plt.subplots(2, len(depths), sharex=True, sharey="row", squeeze=False,
+                                    figsize=(3 * len(depths), 4.8), layout="constrained")
+        for model, part in runs.groupby("model"):
+            column = axes[:, depths.index(MODELS[model])]
+            column[0].set_title(f"{MODELS[model]} layers")
+            for axis, metric in zip(column, ("loss", "accuracy")):
+                _plot_seeds(axis, part, metric, "-", label=display_name(model))
+                _plot_seeds(axis, part, f"val_{metric}", "--")
+        for axis in axes.flat:
+            _label_ends(axis, runs.epochs.max())
+        axes[0, 0].set_ylabel("loss")
+        axes[1, 0].set_ylabel("accuracy")
+        axes[1, 0].yaxis.set_major_formatter("{x:.0%}")
+        figure.supxlabel("epoch (solid: training, dashed: validation)", size=11)
+    return figure
+
+
+def _plot_seeds(axis, part, key, line, label=None):
+    seeds = part.pivot(index="epoch", columns="seed", values=key).dropna(how="all")
+    colour = COLOURS[part.model.iloc[0]]
+    axis.plot(seeds.mean(axis=1), line, marker=".", markersize=4, color=colour, label=label)
+    axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.2,
+                      linewidth=0)
+
+
+def _label_ends(axis, epochs):
+    """Name the solid lines where they end, the lower one a little lower."""
+    axis.set_xlim(0, 1.5 * epochs)
+    axis.set_xticks(range(0, epochs + 1, max(1, epochs // 3)))
+    lines = [line for line in axis.get_lines() if not line.is_dashed() and len(line.get_xdata())]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    for i, line in enumerate(lines):
+        axis.annotate(line.get_label(), line.get_xydata()[-1], (4, 0), textcoords="offset points",
+                      color=line.get_color(), va="bottom" if i else "top")

@@ -497,6 +497,19 @@ def test_one_colour_per_network_solid_training_dashed_validation(tmp_path):
         styles = {(matplotlib.colors.to_hex(line.get_color()), line.is_dashed()) for line in lines}
         assert styles == {(rh.COLOURS[f"{kind}{depth}"], dashed)
                           for kind in ("plain", "resnet") for dashed in (False, True)}
+        assert {text.get_text(): text.get_color() for text in axis.texts} == {
+            rh.display_name(f"{kind}{depth}"): rh.COLOURS[f"{kind}{depth}"]
+            for kind in ("plain", "resnet")}
+    plt.close(figure)
+
+
+def test_curves_of_a_run_that_diverged_at_once(tmp_path):
+    import matplotlib.pyplot as plt
+
+    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"))
+    runs.loc[runs.model == "plain34", ["loss", "accuracy"]] = np.nan
+    figure = rh.plot_histories(runs)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["ResNet-34"]
     plt.close(figure)
 
 
@@ -539,7 +552,7 @@ def test_saved_model_loads(tmp_path):
 def test_the_helper_can_be_read_in_one_sitting():
     text = pathlib.Path(rh.__file__).read_text()
     lines = text.splitlines()
-    assert len(lines) <= 1120 and max(map(len, lines)) <= 100
+    assert len(lines) <= 1140 and max(map(len, lines)) <= 100
 
 
 PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma",
