@@ -715,6 +715,7 @@ def test_readme_tells_the_checks():
     say += ["ResNet-34 reaches {:.1f}% and ResNet-50 {:.1f}% instead of {:.1f}% and {:.1f}%"
             .format(*(one[model, shortcut] for shortcut in ("zero_pad", "projection")
                       for model in ("resnet34", "resnet50")))]
+    say += ["ResNet-50 reaches {1:.1f}% instead of {0:.1f} (GPU".format(*zero_gamma(gpu).resnet50)]
     gap = 100 * rh.ablation_table(there).difference
     say += [f"at 20 layers is {gap.iloc[0]:+.1f} points and at 56 layers {gap.iloc[-1]:+.1f} (five"]
     for words in say:
