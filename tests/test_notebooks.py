@@ -266,6 +266,10 @@ def test_notebook_4_tells_the_curves_and_the_paper():
     say = [f"with 34 layers by {lead.max():.1f} points in epoch {lead.idxmax()} and by "
            f"{lead[15]:.1f} at the end, with 50 by {deep[1]:.1f} in the first epoch and "
            f"{deep[15]:.1f} at the end"]
+    behind = [means.loss[f"resnet{depth}"] > means.loss[f"plain{depth}"] for depth in (34, 50)]
+    assert all(each[1] and not each[2:].any() for each in behind)  # "from the second epoch on"
+    say += ["begins higher, at {:.3f} against {:.3f} with 34".format(
+        *means.loss.loc[1, ["resnet34", "plain34"]])]
     pair = every_run().query("model == 'resnet34' and learning_rate == 0.003 and seed < 3")
     ended = 100 * pair[pair.epoch == 15].set_index("seed").val_accuracy
     fell = 100 * pair[pair.seed == ended.idxmin()].set_index("epoch").val_accuracy
