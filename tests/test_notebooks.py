@@ -263,9 +263,8 @@ def test_notebook_4_tells_the_curves_and_the_paper():
              for depth in (34, 50)]
     assert all((lead > 0).all() for lead in leads)  # "from the first epoch on"
     lead, deep = leads
-    say = [f"with 34 layers by {lead.max():.1f} points in epoch {lead.idxmax()} and by "
-           f"{lead[15]:.1f} at the end, with 50 by {deep[1]:.1f} in the first epoch and "
-           f"{deep[15]:.1f} at the end"]
+    say = [f"with 34 layers by {lead[1]:.1f} points there and {lead[15]:.1f} at the end, with 50 "
+           f"by {deep[1]:.1f} and {deep[15]:.1f}."]
     behind = [means.loss[f"resnet{depth}"] > means.loss[f"plain{depth}"] for depth in (34, 50)]
     assert all(each[1] and not each[2:].any() for each in behind)  # "from the second epoch on"
     say += ["begins higher, at {:.3f} against {:.3f} with 34".format(
@@ -338,6 +337,8 @@ def test_notebook_4_tells_the_checks():
     say += ["{:.1f} against {:.1f}% at 34 layers and {:.1f} against {:.1f}% at 50".format(
         *(one[model, shortcut] for model in ("resnet34", "resnet50")
           for shortcut in ("zero_pad", "projection")))]
+    say += ["(the plain twins: {:.1f} and {:.1f})".format(
+        *(one[model, "none"] for model in ("plain34", "plain50")))]
     accuracy = main.groupby(["model", "seed"]).val_accuracy
     views = [100 * view.groupby("model").mean() for view in (
         accuracy.last(), accuracy.max(), accuracy.apply(lambda epochs: epochs.tail(3).mean()))]
@@ -382,7 +383,7 @@ def test_notebook_4_tells_the_images():
     chance = 1.96 * np.sqrt((b + c - (b - c) ** 2) / len(data.val_labels))
     text = markdown_of("04_ablation")
     for words in (f"disagree on {b + c:.1%} of the images", f"on {b:.1%} only ResNet-34 is right, "
-                  f"on {c:.1%} only plain-34", "one-sided: {:.1%} against {:.1%}".format(
+                  f"on {c:.1%} only plain-34", "lopsided: {:.1%} against {:.1%}".format(
                       *shares[50]), f"another ±{100 * chance:.1f} points at 34 layers"):
         assert words in text, words
 
@@ -704,8 +705,12 @@ def test_readme_tells_the_finding_and_the_why():
 
 
 def test_readme_tells_the_checks():
-    (main, _), (_, there, gpu) = main_tables(), gpu_runs()
+    (main, small), (_, there, gpu) = main_tables(), gpu_runs()
     common, every = 100 * rh.ablation_table(committed_runs()), every_run()
+    rates = main.groupby("model").learning_rate.first()
+    assert (rates[["plain34", "plain50"]] == 0.003).all()
+    assert (rates[["resnet34", "resnet50"]] == 0.001).all()
+    assert (small.learning_rate == 0.003).all()
     say = ["with all networks at 0.001 the gap at 34 layers is {1:+.1f} points ({0:+.1f} at 18 "
            "layers, {2:+.1f} at 50)".format(*common.difference)]
     end = gpu[gpu.epoch == gpu.epochs].set_index("model")
