@@ -533,6 +533,28 @@ def test_the_appendix_tells_the_test():
     assert measures.groupby("model").measure.mean().plain34.round(2) >= 0.99
 
 
+SAME_MEASURE = ((0.5, 0.5), (0.8, 0.7), (0.9, 0.8))  # prediction 6: shortcut scale, share
+
+
+def doses_of_seed_0():
+    """Measure and accuracy in percent at 56 layers: ResNet-56 by scale, plain-56 by share."""
+    runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    runs = runs.query("epoch == 15 and epochs == 15 and learning_rate == 0.003 and seed == 0 "
+                      "and optimizer == 'adam' and not zero_gamma")
+    measures = pd.read_csv(ROOT / "results" / "measure.csv").query("not zero_gamma")
+    both = runs.merge(measures, on=["model", "seed", "mirrored", "shortcut_scale"])
+    both = both.assign(accuracy=100 * both.val_accuracy)
+    thin = both.query("model == 'resnet56' and mirrored == 0").set_index("shortcut_scale")
+    full = both.query("model == 'plain56'").set_index("mirrored")
+    return thin.sort_index(), full.sort_index()
+
+
+def rises(dose):
+    """Prediction 5: in the order of the measure, of which less than .1 apart counts as equal."""
+    points = dose[["measure", "accuracy"]].to_numpy()
+    return all(b[1] > a[1] for a in points for b in points if b[0] - a[0] >= 0.1)
+
+
 def test_the_appendix_judges_the_predictions():
     """Each as it was written down, so far by seed 0."""
     text, cause = markdown_of("appendix_why"), seed_0_of_the_test()
@@ -560,6 +582,20 @@ def test_the_appendix_judges_the_predictions():
            "{:+.1f} against {:+.1f} at 50 and ".format(*gains[1]),
            "{:+.1f} against {:+.1f} at 56 layers, ".format(*gains[2])
            + verdict[all(plain > residual for plain, residual in gains)]]
+    thin, full = doses_of_seed_0()
+    judged = [rises(dose) for dose in (thin, full)]
+    assert judged == [True, False]  # 5: "ResNet-56 rises with each step, plain-56 does not"
+    assert thin.accuracy.is_monotonic_increasing  # "lower with each step"
+    pairs = [(thin.accuracy[a], full.accuracy[share]) for a, share in SAME_MEASURE]
+    apart = max(abs(a - b) for a, b in pairs)
+    say += ["(0.003): {:.1f} and {:.1f}, {:.1f} and {:.1f}, {:.1f} and {:.1f}, ".format(
+                *(number for pair in pairs for number in pair)) + verdict[apart <= 5],
+            f"at most {apart:.1f} points apart",
+            "ends at {:.1f}, {:.1f}, {:.1f}, {:.1f} and {:.1f}%".format(*thin.accuracy[::-1]),
+            "from {:.1f} to {:.1f}% with a share of 0.5 and to {:.1f}% with 0.7, and no further: "
+            "{:.1f}, {:.1f} and {:.1f}%".format(*full.accuracy),
+            f"ends {thin.accuracy[0.5] - full.accuracy[0]:.1f} points ahead"]
+    assert abs(thin.measure[0.5] - 0.05) < 0.005 and abs(full.measure[0]) < 0.005
     say += ["lifts plain-56 from {1:.1f} to {0:.1f}%".format(*wiring(cause, 56)),
             "plain-34 from {1:.1f} to {0:.1f} and".format(*wiring(cause, 34)),
             "plain-50 from {1:.1f} to {0:.1f}".format(*wiring(cause, 50))]
