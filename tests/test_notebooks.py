@@ -555,6 +555,19 @@ def rises(dose):
     return all(b[1] > a[1] for a in points for b in points if b[0] - a[0] >= 0.1)
 
 
+def test_the_mirrored_runs_of_seed_1_are_told():
+    runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    runs = runs.query("epoch == 15 and epochs == 15 and seed == 1 and mirrored == 1")
+    ends = 100 * runs.set_index(["model", "learning_rate"]).val_accuracy
+    failed = f"{ends['plain56', 0.003]:.1f}"
+    assert runs.set_index(["model", "learning_rate"]).loss["plain56", 0.003] > 0.98 * np.log(2)
+    for words in (f"never leaves guessing ({failed}%)", f"with seed 1 it has {failed}, so",
+                  f"mirrored plain-56 failed: {failed}%",
+                  f"({ends['plain34', 0.001]:.1f} and {ends['plain50', 0.001]:.1f}%)"):
+        assert words in markdown_of("appendix_why"), words
+    assert f"never left guessing ({failed}%)" in page("README.md")
+
+
 def test_the_appendix_judges_the_predictions():
     """Each as it was written down, so far by seed 0."""
     text, cause = markdown_of("appendix_why"), seed_0_of_the_test()
