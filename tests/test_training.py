@@ -394,7 +394,7 @@ def tiny(model="resnet20", **changes):
 
 def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeypatch, capsys):
     configs, shown = [tiny(), tiny("plain20")], []
-    alone = outcome(rh.train_run(configs[0], tmp_path / "here"))  # one thread, as below
+    alone = [outcome(rh.train_run(one, tmp_path / "here")) for one in configs]  # one thread each
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     monkeypatch.setattr(rh, "_cores", lambda: 2)
     with rh.process_pool(2) as pool:
@@ -407,11 +407,11 @@ def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeyp
             assert f"[{number}/2] {name}, seed 0, epoch {epoch}/2: loss" in printed
     assert len(table) == 4 and not list((tmp_path / "processes").glob(".*"))
     assert shown and len(shown[-1]) == 4
-    for one in configs:
+    for one, expected in zip(configs, alone):
         path = rh.run_path(one, tmp_path / "processes")
         assert path.with_suffix(".weights.h5").exists()
         assert rh.read_run(path)["environment"]["threads"] == 1
-    assert outcome(rh.read_run(rh.run_path(configs[0], tmp_path / "processes"))) == alone
+        assert outcome(rh.read_run(path)) == expected
     again = rh.train_runs(configs, folder=tmp_path / "processes")
     assert capsys.readouterr().out.count("loaded, not trained again") == 2
     assert again.equals(table)
@@ -563,7 +563,6 @@ def test_no_process_and_no_litter_is_left_and_the_twin_is_kept_out(tmp_path, mon
         assert 0 < epochs < 500
     if how == "Ctrl-C":
         assert sorted(each.suffix for each in tmp_path.iterdir()) in ([".lock", ".npz"], [".npz"])
-        return  # from here on nothing depends on how it ended
     with start_runs(tmp_path, config) as parent:
         line = next((line for line in parent.stdout if line.startswith("[1/1]")), "")
         assert f"epoch {epochs + 1}/500" in line
