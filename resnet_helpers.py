@@ -8,7 +8,6 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import functools
 import json
 import math
 import multiprocessing
@@ -28,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 import filelock
+import joblib
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
@@ -95,7 +95,7 @@ def _require_one_of(what, received, allowed):
 
 def write_atomically(path, write):
     """Call `write(partial_path)` so that `path` ends up whole or untouched, whatever happens."""
-    partial = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
+    partial = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -114,7 +114,7 @@ def write_atomically(path, write):
 def _read_arrays(path, names=None):
     """The arrays of these names, or all, in a file of np.savez; a damaged file is named."""
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:
+        with open(path, "rb") as opened, np.load(opened) as file:  # alone it leaves files open
             return [file[name] for name in names or file.files]
     except Exception as error:  # a damaged zip can raise anything
         raise ValueError(f"{path} is damaged or another file ({error!r}). Move it away.") from error
@@ -207,11 +207,6 @@ def load_data(name=None, image_size=32):
                 decode = _decode_folder if os.path.isabs(name) else _decode_tfds
                 data = decode(name, image_size)
                 write_atomically(path, lambda partial: np.savez(partial, **data._asdict()))
-    return _load(path)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(path):
     return Data(*_read_arrays(path, Data._fields))
 
 
@@ -253,7 +248,7 @@ def _decode_tfds(name, image_size):
     options.autotune.enabled = False  # it holds up the end of a pass by up to a minute
     arrays = []
     for split in ("train[:70%]", "train[70%:]"):  # in a fixed order
-        batches = builder.as_dataset(split=split).map(decode, _cores()).batch(512)
+        batches = builder.as_dataset(split=split).map(decode, joblib.cpu_count()).batch(512)
         images, labels = zip(*batches.with_options(options).as_numpy_iterator())
         arrays += [np.concatenate(images), np.concatenate(labels)]
     return Data(np.array(classes), *arrays)
@@ -261,13 +256,13 @@ def _decode_tfds(name, image_size):
 
 def _pictures(folder):
     """The pictures in a folder's subfolders, in a fixed order."""
-    classes = [path for path in pathlib.Path(folder).iterdir() if path.is_dir()]
-    found = {path.name: [file for file in path.glob("[!.]*") if file.suffix.lower() in PICTURES]
-             for path in sorted(classes) if not path.name.startswith(".")}
+    classes = sorted(path for path in pathlib.Path(folder).glob("[!.]*") if path.is_dir())
+    found = {path.name: sorted(file for file in path.glob("[!.]*")
+                               if file.suffix.lower() in PICTURES) for path in classes}
     _require(len(found) >= 2 and all(found.values()),
              f"at least two subfolders of {folder}, each with pictures ({', '.join(PICTURES)}) of "
              "one class", {name: f"{len(files)} pictures" for name, files in found.items()})
-    return [file for files in found.values() for file in sorted(files)]
+    return [file for files in found.values() for file in files]
 
 
 def _decode_folder(folder, image_size):
@@ -320,10 +315,10 @@ class Batches(keras.utils.PyDataset):
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
-        self.key = seed_and_epoch
+        self.seed_and_epoch = seed_and_epoch
         self.order = np.arange(len(images))
-        if self.key:
-            self.order = np.random.default_rng(self.key).permutation(self.order)
+        if self.seed_and_epoch:
+            self.order = np.random.default_rng(self.seed_and_epoch).permutation(self.order)
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
@@ -331,8 +326,8 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         images = self.images[rows]
-        if self.key:
-            images = augment(images, np.random.default_rng([*self.key, index]))
+        if self.seed_and_epoch:
+            images = augment(images, np.random.default_rng([*self.seed_and_epoch, index]))
         return normalize(images), self.labels[rows]
 
 
@@ -346,9 +341,9 @@ UNITS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3
 DEPTHS = {depth: {"units_per_block": units, "channels": [64, 128, 256, 512],
                   "bottleneck": depth >= 50, "stem": "imagenet", "shortcut": "projection"}
           for depth, units in UNITS.items()}
-for n in (3, 5, 7, 9, 18):  # section 4.2: 6n + 2 layers
-    DEPTHS[6 * n + 2] = {"units_per_block": [n, n, n], "channels": [16, 32, 64],
-                         "bottleneck": False, "stem": "cifar", "shortcut": "zero_pad"}
+DEPTHS |= {6 * n + 2: {"units_per_block": [n, n, n], "channels": [16, 32, 64],
+                       "bottleneck": False, "stem": "cifar", "shortcut": "zero_pad"}
+           for n in (3, 5, 7, 9, 18)}  # section 4.2: 6n + 2 layers
 MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "resnet")}
 
 
@@ -365,10 +360,10 @@ class Conv2D(layers.Conv2D):
         stride = self.strides[0]
         pad = self.kernel_size[0] // 2
         size = max(inputs.shape[1:3])
-        if pad == 0 and size <= 4 * stride:
+        if pad == 0 and size <= 4 * stride:  # larger ones are faster as convolutions
             inputs = inputs[:, ::stride, ::stride]
             return self._product(inputs, ops.reshape(kernel, (-1, self.filters)), inputs.shape[1:3])
-        if size <= max(stride, pad + 1):  # each output pixel sees the whole image, or is alone
+        if size <= max(stride, pad + 1):  # every output pixel sees the whole image, or is alone
             ys = range(0, inputs.shape[1], stride)
             xs = range(0, inputs.shape[2], stride)
             inputs = inputs[:, : pad + 1, : pad + 1]
@@ -418,38 +413,36 @@ class MirroredHeNormal(keras.initializers.Initializer):
     """share * M + (1 - share) * H: H is He's start (He et al. 2015b), M its mirrored form.
 
     Mirrored ("looks linear", Balduzzi et al. 2017): over halves of its input and output channels
-    (`axes`) M is [[V, -V], [-V, V]], V being the first part of H, so that a weight of M has the
-    variance of one of H. The layer puts out [Vu; -Vu], and since relu(u) - relu(-u) = u, the next
-    one sees Vu as if there were no ReLU.
+    M is [[V, -V], [-V, V]], V being the first part of H, so that a weight of M has the variance of
+    one of H (for images, whose three channels have no halves: [V, -V]). The layer puts out
+    [Vu; -Vu], and since relu(u) - relu(-u) = u, the next one sees Vu as if there were no ReLU.
     """
 
-    def __init__(self, share, axes=(-2, -1), seed=None):
+    def __init__(self, share, seed=None):
         self.share = share
-        self.axes = tuple(axes)
         self.seed = seed
 
     def __call__(self, shape, dtype=None):
         he = keras.initializers.HeNormal(self.seed)(shape, dtype)
         if self.share == 0:
             return he
+        _require(shape[-1] % 2 == 0, "even numbers of channels, for mirrored", tuple(shape))
         mirrored = he
-        for axis in self.axes:
-            _require(shape[axis] % 2 == 0, "even numbers of channels, for mirrored", tuple(shape))
+        for axis in (-2, -1) if shape[-2] % 2 == 0 else (-1,):
             half = ops.split(mirrored, 2, axis)[0]
             mirrored = ops.concatenate([half, -half], axis)
         return self.share * mirrored + (1 - self.share) * he
 
     def get_config(self):
-        return {"share": self.share, "axes": self.axes, "seed": self.seed}
+        return {"share": self.share, "seed": self.seed}
 
 
-def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones", mirrored=0.0,
-            axes=(-2, -1)):
+def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones", mirrored=0.0):
     """Convolution without bias (its batch norm has one), He's start or `mirrored`, batch norm."""
     if seed is not None:  # by name, so that twins start from the same weights
         seed = zlib.crc32(f"{seed} {name}".encode())
     x = Conv2D(filters, kernel_size, strides=stride, padding="same", use_bias=False,
-               kernel_initializer=MirroredHeNormal(mirrored, axes, seed), name=f"{name}_conv")(x)
+               kernel_initializer=MirroredHeNormal(mirrored, seed), name=f"{name}_conv")(x)
     return BatchNormalization(
         momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=f"{name}_bn")(x)
 
@@ -480,7 +473,7 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
     _require(0 <= mirrored <= 1, "mirrored from 0 to 1", mirrored)
     _require_one_of("shortcut", shortcut, SHORTCUTS)
     _require_one_of("stride_in", stride_in, STRIDES_IN)
-    strided = 1 if stride_in == "3x3" and tuple(kernel_sizes[:2]) == (1, 3) else 0
+    strided = list(kernel_sizes).index(3) if stride_in == "3x3" and 3 in kernel_sizes else 0
     last = len(kernel_sizes) - 1
     branch = x  # becomes F(x), the residual branch
     for i, (kernel_size, channels) in enumerate(zip(kernel_sizes, channel_sizes)):
@@ -544,9 +537,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     _require(0 < len(units_per_block) == len(channels),
              "equal lengths > 0", (units_per_block, channels))
     image = keras.Input(input_shape, name="image")
-    # An image's channels have no mirrored halves: only the output's.
-    x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed, mirrored=mirrored,
-                axes=(-1,))
+    x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed, mirrored=mirrored)
     x = layers.Activation("relu", name="conv1_relu")(x)
     if stem == "imagenet":
         x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # harmless after a ReLU
@@ -573,7 +564,7 @@ def create_model(name, input_shape=(32, 32, 3), num_classes=2, **options):
 
 
 def display_name(model):
-    """ "resnet34" to "ResNet-34", "plain34" to "plain-34"."""
+    """The name for readers: "ResNet-34" for "resnet34", "plain-34" for "plain34"."""
     return model.replace("resnet", "ResNet-").replace("plain", "plain-")
 
 
@@ -588,7 +579,7 @@ NO_SHORTCUTS = {"shortcut": ("none",), "zero_gamma": (False,), "shortcut_scale":
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
 MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays through a run
 NEWER = {"zero_gamma": False, "mirrored": 0.0, "shortcut_scale": 1.0}  # than the oldest runs
-# What may differ between networks that are compared; the rate also, but not within a network.
+# Networks that are compared may differ in NETWORK and in the learning rate, but not in RECIPE.
 NETWORK = ["model", "stem", "stride_in", "shortcut", "zero_gamma", "mirrored", "shortcut_scale"]
 RECIPE = ["dataset", "image_size", "batch_size", "train_images", "val_images", "epochs",
           "optimizer", "schedule", "augmentation", *MACHINE]
@@ -694,15 +685,8 @@ def build_from_config(config, num_classes):
                   metrics=["accuracy"], jit_compile=False if slow else "auto")
     # Metrics made in the first step would have TensorFlow trace it twice.
     model.compute_metrics(None, np.zeros(1), np.zeros((1, num_classes)))
-    model.optimizer.build(model.trainable_variables)
+    model.optimizer.build(model.trainable_variables)  # a checkpoint may be put into it
     return model
-
-
-def _cores():
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _device():
@@ -723,12 +707,13 @@ def _device():
 def environment(data):
     """What is saved with a run: versions, device, threads, start, checksums of the images."""
     backend = keras.backend.backend()
+    # Through a shell: a missing git is no error.
     commit = subprocess.run("git rev-parse --verify HEAD", shell=True, capture_output=True,
                             text=True, cwd=COMMITTED.parent).stdout.strip()
     return {
         "python": platform.python_version(), "keras": keras.__version__, "backend": backend,
         backend: sys.modules[backend].__version__, "numpy": np.__version__, "device": _device(),
-        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or _cores()),
+        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or joblib.cpu_count()),
         "commit": commit or None, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": len(data.class_names),
         "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
@@ -784,7 +769,6 @@ def _checkpoint(path):
 
 
 def _refuse_another(path, wanted, found):
-    found = NEWER | found
     differ = [f"{key}: {found.get(key)!r}, wanted {value!r}" for key, value in wanted.items()
               if found.get(key) != value]
     if differ:
@@ -793,16 +777,14 @@ def _refuse_another(path, wanted, found):
 
 def _train(config, path, keep_weights, verbose):
     """Prepare, train epoch by epoch, finish."""
-    for left in path.parent.glob(f".*.{path.stem}.*"):  # by a kill while writing
-        left.unlink()
     data = load_data(config["dataset"], config["image_size"])
     n, m = config["train_images"], config["val_images"]
-    there = len(data.train_images), len(data.val_images)
-    _require(n <= there[0] and m <= there[1], f"train_images and val_images up to {there}", (n, m))
+    most = len(data.train_images), len(data.val_images)
+    _require(n <= most[0] and m <= most[1], f"train_images and val_images up to {most}", (n, m))
     _require(len(data.class_names) <= 256, "at most 256 classes", len(data.class_names))
     val = Batches(data.val_images[:m], data.val_labels[:m], config["batch_size"])
     model = build_from_config(config, len(data.class_names))
-    run = {"config": config, "status": "finished", "history": {key: [] for key in HISTORY},
+    run = {"config": config, "status": "training", "history": {key: [] for key in HISTORY},
            "environment": environment(data)}
     if _checkpoint(path).exists():
         run = _restore(_checkpoint(path), run, _state(model))
@@ -839,8 +821,8 @@ def _save_checkpoint(path, run, state):
 
 def _restore(path, run, state):
     """Put network and optimiser back to the last finished epoch; return the run."""
-    saved, *values = _read_arrays(path, ["run", *map(str, range(len(state)))])
-    saved = json.loads(str(saved))
+    text, *values = _read_arrays(path, ["run", *map(str, range(len(state)))])
+    saved = json.loads(str(text))
     before, now = saved["environment"], run["environment"]
     _refuse_another(path, run["config"], saved["config"])
     _refuse_another(path, {key: now[key] for key in MACHINE}, before)
@@ -854,7 +836,8 @@ def _restore(path, run, state):
 
 def _finish(path, run, model, val, keep_weights):
     """Save the answers for all validation images, the weights if wanted, and the run's file."""
-    if run["status"] == "finished":
+    if run["status"] != "diverged":
+        run["status"] = "finished"
         classes = model.predict(val, verbose=0).argmax(-1).astype("uint8")
         run["val_predictions"] = base64.b64encode(zlib.compress(classes.tobytes())).decode()
     if keep_weights:  # of a copy: a compiled model would also save its optimiser
@@ -879,23 +862,23 @@ def process_pool(workers=1):
     They share the cores. When the `with` block or this process ends, so do they, at once.
     """
     context = multiprocessing.get_context("spawn")
-    ends, held = context.Pipe(duplex=False)
+    read_end, write_end = context.Pipe(duplex=False)  # write_end closes when this process dies
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, context, _start_process, (ends, max(1, _cores() // workers)),
+        workers, context, _start_process, (read_end, max(1, joblib.cpu_count() // workers)),
         max_tasks_per_child=1)
     try:
         yield pool
     finally:
-        held.close()
+        write_end.close()
         pool.shutdown(cancel_futures=True)
 
 
-def _start_process(ends, threads):
-    """In a new process: take a share of the cores, and end when the other end of the pipe does."""
+def _start_process(read_end, threads):
+    """In a new process: take a share of the cores, and end when the pipe's other end is closed."""
 
     def wait_and_end():
         with contextlib.suppress(EOFError, OSError):
-            ends.recv()
+            read_end.recv()
         os._exit(1)
 
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))  # read when TensorFlow starts
@@ -932,17 +915,16 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
 
 def _watch(jobs, tables, show):
     """Tell each epoch as it ends, and raise the first failure."""
-    unfinished = list(jobs)
-    while unfinished:
+    while jobs:
         time.sleep(0.5)
-        ended = [path for path in unfinished if jobs[path].done()]  # first: no epoch is missed
-        news = [path for path in unfinished if _tell(path, tables)]
-        if show and news:
+        # Asked before the files are read, so that no last epoch is missed.
+        ended = [path for path in jobs if jobs[path].done()]
+        news = [_tell(path, tables) for path in jobs]
+        if show and any(news):
             show(pd.concat(tables.values(), ignore_index=True))
         for path in ended:
-            unfinished.remove(path)
             try:
-                jobs[path].result()
+                jobs.pop(path).result()
             except Exception as error:
                 error.add_note(f"The run was {path.stem}; its finished epochs are kept.")
                 raise
@@ -984,7 +966,7 @@ def read_run(path):
 
 def read_runs(folder):
     """Read a folder's runs: a DataFrame with a row per epoch, history beside configuration."""
-    paths = sorted(pathlib.Path(folder).glob("*.json"))
+    paths = sorted(pathlib.Path(folder).glob("[!.]*.json"))  # a hidden one is half written
     if not paths:
         raise FileNotFoundError(f"No runs in {folder}. Notebook 3 trains them.")
     return pd.concat([_run_table(read_run(path), path) for path in paths], ignore_index=True)
@@ -1017,7 +999,7 @@ def last_epochs(runs):
     the machine, a network has several learning rates, or one seed is there twice.
     """
     for key in RECIPE:
-        files = runs.groupby(key).file.unique()  # without those older than a checksum
+        files = runs.groupby(key).file.unique()  # NaN, older than a checksum, is left out
         if len(files) > 1:
             some = {value: list(names[:3]) for value, names in files.items()}
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({some}).")
@@ -1046,10 +1028,8 @@ def compare(plain, residual, metric="val_accuracy"):
                 f"{kind} seeds": len(runs), f"{kind} rate": runs.learning_rate.iloc[0],
                 f"{kind} hardly learned": len(runs) - (runs.loss <= 0.98 * guessing).sum()}
     row["difference"] = row["residual"] - row["plain"]
-    row["low"] = row["high"] = math.nan
-    if min(len(plain), len(residual)) > 1:
-        test = scipy.stats.ttest_ind(residual[metric], plain[metric], equal_var=False)
-        row["low"], row["high"] = test.confidence_interval()
+    test = scipy.stats.ttest_ind(residual[metric], plain[metric], equal_var=False)
+    row["low"], row["high"] = test.confidence_interval()
     return row
 
 

@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import resnet_helpers as rh  # noqa: E402
+import resnet_helpers  # noqa: E402, F401 (before TensorFlow: it sets what that reads)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,4 @@ def tiny_cats(tiny_tfds, tmp_path, monkeypatch):
     """
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_tfds))
     monkeypatch.setenv("RESNET_DATA", str(tmp_path / "cache"))
-    rh._load.cache_clear()
-    yield tmp_path
-    rh._load.cache_clear()
+    return tmp_path

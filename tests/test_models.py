@@ -668,7 +668,6 @@ def test_trained_weights_are_as_good_as_their_run_and_their_card_says(name):
             in card)
     if name.startswith("plain"):
         return  # time: the residual ones are those that notebook 3 shows
-    rh._load.cache_clear()
     try:
         data = rh.load_data()
     except FileNotFoundError:

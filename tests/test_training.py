@@ -39,9 +39,7 @@ def small_world(tmp_path_factory):
         for name, value in write_images(tmp_path_factory.mktemp("images") / "decoded").items():
             patch.setenv(name, value)
         add_small_nets(rh, patch.setitem)
-        rh._load.cache_clear()
         yield
-        rh._load.cache_clear()
 
 
 def config(**changes):
@@ -111,7 +109,7 @@ def test_goes_on_exactly_after_kill_9(whole, tmp_path, capsys, epoch):
         wait_for(process, "begins" if epoch == 1 else "epoch 1/2")
         process.kill()
     assert not list(tmp_path.glob("*.json"))
-    (tmp_path / ".1234abcd.resnet10-test-seed0.json").write_text("what a kill while saving leaves")
+    (tmp_path / ".resnet10-test-seed0.json").write_text("what a kill while saving leaves")
     train_and_compare(tmp_path, whole)
     assert ("Going on after epoch 1 of 2" in capsys.readouterr().out) == (epoch == 2)
 
@@ -120,7 +118,7 @@ def test_goes_on_exactly_after_the_stop_button(whole, tmp_path, monkeypatch, cap
     fetch = rh.Batches.__getitem__
 
     def stop(batches, index):
-        if batches.key and (batches.key[1], index) == (1, 1):
+        if batches.seed_and_epoch and (batches.seed_and_epoch[1], index) == (1, 1):
             signal.raise_signal(signal.SIGINT)  # what Jupyter's stop button sends
         return fetch(batches, index)
 
@@ -331,7 +329,7 @@ def test_a_finished_run_is_loaded_and_nothing_is_deleted(whole, tmp_path, monkey
     (tmp_path / "resnet10-test-seed0.checkpoint.npz").write_text(
         "of a training that somebody wants to go on with"
     )
-    (tmp_path / ".1234abcd.resnet10-test-seed0.json").write_text(
+    (tmp_path / ".resnet10-test-seed0.json").write_text(
         "of another process, which is just writing"
     )
     before = sorted(tmp_path.iterdir())
@@ -396,7 +394,7 @@ def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeyp
     configs, shown = [tiny(), tiny("plain20")], []
     alone = [outcome(rh.train_run(one, tmp_path / "here")) for one in configs]  # one thread each
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
-    monkeypatch.setattr(rh, "_cores", lambda: 2)
+    monkeypatch.setattr(rh.joblib, "cpu_count", lambda: 2)
     with rh.process_pool(2) as pool:
         table = rh.train_runs(
             configs, pool, tmp_path / "processes", keep_weights=True, show=shown.append
