@@ -1,6 +1,6 @@
 """Training speed side by side: this project, stock Keras layers with and without oneDNN, PyTorch.
 
-    python benchmarks/throughput.py [--rounds 15] [--batch 64] [--nets resnet34 resnet50] [--save]
+    python benchmarks/throughput.py [--rounds 15] [--batch 64] [--nets resnet34] [--avx2] [--save]
 
 PyTorch comes eager and compiled; it is left out where it is not installed. Where the processor has
 instructions for bfloat16, this project and PyTorch come in that precision too (Keras's policy
@@ -10,7 +10,7 @@ one works. They take turns, round after round, so that a machine whose speed dri
 Prints a table and writes it into build/ as throughput.csv and throughput.md, with what else was
 measured (an epoch through fit, the input pipeline) and the processor below it. With --save it is
 written as results/throughput-<kind>.csv and .md instead, where the kind is avx512, avx2 or the
-machine's name. Needs no images.
+machine's name. With --avx2 all contenders are held to AVX2. Needs no images.
 """
 
 import argparse
@@ -40,6 +40,11 @@ CONTENDERS = {  # and the environment of each
     "PyTorch, torch.compile, bfloat16 autocast, fused Adam": {},
 }
 EPOCH_BATCHES = 128  # half an epoch of cats_vs_dogs
+# With --avx2: what holds oneDNN, PyTorch's own kernels, its MKL and NumPy to AVX2.
+AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+             "MKL_ENABLE_INSTRUCTIONS": "AVX2", "OPENBLAS_CORETYPE": "Haswell",
+             # What was compiled for other instructions would be taken from here, and fail.
+             "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "compiled-for-avx2")}
 
 
 # ---- the processor ----
@@ -54,7 +59,11 @@ def cpu_info(key):
 
 
 def cpu_flags():
-    return set(cpu_info("flags").split())
+    """The instructions that the contenders may use."""
+    flags = set(cpu_info("flags").split())
+    if AVX2_ONLY.items() <= os.environ.items():
+        flags = {flag for flag in flags if not flag.startswith(("avx512", "amx"))}
+    return flags
 
 
 def processor():
@@ -63,6 +72,8 @@ def processor():
     known = {"AVX2": "avx2", "AVX-512": "avx512f", "AMX": "amx_tile"}
     has = [name for name, flag in known.items() if flag in flags]
     name = cpu_info("model name") or platform.processor() or platform.machine()
+    if AVX2_ONLY.items() <= os.environ.items():
+        has.append("held to it")
     return f"{name} ({', '.join(has)})" if has else name
 
 
@@ -81,7 +92,7 @@ def contenders():
         print("PyTorch is not installed: left out.")
         names = [name for name in names if not name.startswith("PyTorch")]
     if not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
-        print("What uses bfloat16 is left out: this processor has no instructions for it")
+        print("What uses bfloat16 is left out: there are no instructions for it")
         print("(avx512_bf16, amx_bf16), without which it is several times slower than float32.")
         names = [name for name in names if "bfloat16" not in name]
     return names
@@ -334,11 +345,14 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=4, help="steps a contender makes in its turn")
+    parser.add_argument("--avx2", action="store_true", help="use no younger instructions")
     parser.add_argument("--save", action="store_true", help="into results/, not build/")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker(options.worker, options.nets[0], options.batch)
+    if options.avx2:
+        os.environ.update(AVX2_ONLY)  # read by libraries that are loaded later
     import pandas as pd
 
     options.contenders = contenders()
