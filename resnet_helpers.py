@@ -93,15 +93,19 @@ def _require_one_of(what, received, allowed):
     return received
 
 
+_writing = threading.Lock()  # no process ends in the middle of a file: see `_start_process`
+
+
 def write_atomically(path, write):
     """Call `write(partial_path)` so that `path` ends up whole or untouched, whatever happens."""
     partial = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _writing:
+            write(partial)
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except OSError as error:
         raise type(error)(
             f"Cannot write {path} ({error}). What was saved before is safe. Make room, or set "
@@ -879,7 +883,8 @@ def _start_process(read_end, threads):
     def wait_and_end():
         with contextlib.suppress(EOFError, OSError):
             read_end.recv()
-        os._exit(1)
+        with _writing:  # not in the middle of a file
+            os._exit(1)
 
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))  # read when TensorFlow starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C ends it through the pipe

@@ -29,6 +29,7 @@ from training_runs import (
     start,
     wait_for,
     write_images,
+    write_slowly,
 )
 
 
@@ -559,13 +560,23 @@ def test_no_process_and_no_litter_is_left_and_the_twin_is_kept_out(tmp_path, mon
     with filelock.FileLock(path.with_suffix(".lock"), timeout=1):
         epochs = len(rh._saved_run(path)["history"]["loss"])
         assert 0 < epochs < 500
-    if how == "Ctrl-C":
-        assert sorted(each.suffix for each in tmp_path.iterdir()) in ([".lock", ".npz"], [".npz"])
+    assert sorted(each.suffix for each in tmp_path.iterdir()) in ([".lock", ".npz"], [".npz"])
     with start_runs(tmp_path, config) as parent:
         line = next((line for line in parent.stdout if line.startswith("[1/1]")), "")
         assert f"epoch {epochs + 1}/500" in line
         parent.kill()
         all_end(children(parent.pid))
+
+
+def test_a_process_that_ends_finishes_what_it_is_writing(tmp_path):
+    with rh.process_pool() as pool:
+        pool.submit(write_slowly, tmp_path / "file")
+        end = time.time() + 60
+        while not (tmp_path / ".file").exists():
+            assert time.time() < end
+            time.sleep(0.05)
+    assert (tmp_path / "file").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @needs_proc

@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -130,6 +131,19 @@ def losses(rh, weights):
     return [
         float(model.loss(labels, model(images, training=training))) for training in (False, True)
     ]
+
+
+def write_slowly(path):
+    """In a process of a pool: a file that takes two seconds to be written."""
+
+    import resnet_helpers as rh
+
+    def write(partial):
+        partial.write_text("half")
+        time.sleep(2)
+        partial.write_text("whole")
+
+    rh.write_atomically(path, write)
 
 
 if __name__ == "__main__":
