@@ -561,11 +561,18 @@ def test_the_mirrored_runs_of_seed_1_are_told():
     ends = 100 * runs.val_accuracy
     failed = f"{ends['plain56', 0.003]:.1f}"
     assert runs.loss["plain56", 0.003] > 0.98 * np.log(2)
+    gamma = 100 * ends_of(1).query("zero_gamma").set_index("model").val_accuracy
+    both = [f"{ends['resnet34', 0.001]:.1f}, {ends['resnet50', 0.001]:.1f} and "
+            f"{ends['resnet56', 0.003]:.1f}% mirrored and ",
+            f"{gamma.resnet34:.1f}, {gamma.resnet50:.1f} and {gamma.resnet56:.1f}% with zero gamma"]
+    slow = f"{ends['plain56', 0.001]:.1f}"
+    first = 100 * ends_of(0).set_index(["model", "mirrored", "learning_rate"]).val_accuracy
     for words in (f"never leaves guessing ({failed}%)", f"with seed 1 it has {failed}, so",
-                  f"mirrored plain-56 failed: {failed}%",
-                  f"({ends['plain34', 0.001]:.1f} and {ends['plain50', 0.001]:.1f}%)"):
+                  f"mirrored plain-56 failed: {failed}%, and at a lower rate {slow}",
+                  f"({first['plain56', 1, 0.001]:.1f} and {slow}%)", *both,
+                  f"{ends['plain34', 0.001]:.1f} and {ends['plain50', 0.001]:.1f}%"):
         assert words in markdown_of("appendix_why"), words
-    assert f"never left guessing ({failed}%)" in page("README.md")
+    assert f"never left guessing ({failed}%; {slow} at 0.001)" in page("README.md")
 
 
 def test_the_appendix_judges_the_predictions():
