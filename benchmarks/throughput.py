@@ -58,10 +58,14 @@ def cpu_info(key):
     return next(values, "")
 
 
+def held_to_avx2():
+    return AVX2_ONLY.items() <= os.environ.items()
+
+
 def cpu_flags():
     """The instructions that the contenders may use."""
     flags = set(cpu_info("flags").split())
-    if AVX2_ONLY.items() <= os.environ.items():
+    if held_to_avx2():
         flags = {flag for flag in flags if not flag.startswith(("avx512", "amx"))}
     return flags
 
@@ -72,7 +76,7 @@ def processor():
     known = {"AVX2": "avx2", "AVX-512": "avx512f", "AMX": "amx_tile"}
     has = [name for name, flag in known.items() if flag in flags]
     name = cpu_info("model name") or platform.processor() or platform.machine()
-    if AVX2_ONLY.items() <= os.environ.items():
+    if held_to_avx2():
         has.append("held to it")
     return f"{name} ({', '.join(has)})" if has else name
 

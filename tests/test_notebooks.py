@@ -478,17 +478,17 @@ def ends_of(seed):
     return runs.query("epoch == 15 and epochs == 15 and seed == @seed and optimizer == 'adam'")
 
 
-def seed_0_of_the_test():
-    """Validation accuracy in percent by network, rate and share mirrored: two cores, seed 0."""
-    runs = ends_of(0).query("shortcut_scale == 1 and not zero_gamma")
+def starts_of(seed):
+    """Validation accuracy in percent by network, rate and share mirrored, on two cores."""
+    runs = ends_of(seed).query("shortcut_scale == 1 and not zero_gamma")
     small = ~runs.model.map(rh.MODELS).isin(rh.UNITS)
     runs = runs[small | (runs.shortcut != "zero_pad")]
     return 100 * runs.set_index(["model", "learning_rate", "mirrored"]).val_accuracy
 
 
-def zero_gamma_of_seed_0():
+def zero_gamma_of(seed):
     """Validation accuracy in percent by network and rate: two cores, residual, zero gamma."""
-    runs = ends_of(0).query("zero_gamma")
+    runs = ends_of(seed).query("zero_gamma")
     return 100 * runs.set_index(["model", "learning_rate"]).val_accuracy
 
 
@@ -504,8 +504,8 @@ def wiring(cause, depth):
 
 def test_the_appendix_tells_the_test():
     """So far seed 0, from the runs of the plan that are here."""
-    text, cause, say = markdown_of("appendix_why"), seed_0_of_the_test(), []
-    gamma = zero_gamma_of_seed_0()
+    text, cause, say = markdown_of("appendix_why"), starts_of(0), []
+    gamma = zero_gamma_of(0)
     he, mirrored = ({f"{kind}{depth}": cause[f"{kind}{depth}", rate, share]
                      for depth, rate in WIRING_RATES.items() for kind in ("plain", "resnet")}
                     for share in (0, 1))
@@ -557,28 +557,27 @@ def rises(dose):
 
 
 def test_the_mirrored_runs_of_seed_1_are_told():
+    cause, gamma = starts_of(1), zero_gamma_of(1)
+    failed = f"{cause['plain56', 0.003, 1]:.1f}"
     runs = ends_of(1).query("mirrored == 1").set_index(["model", "learning_rate"])
-    ends = 100 * runs.val_accuracy
-    failed = f"{ends['plain56', 0.003]:.1f}"
     assert runs.loss["plain56", 0.003] > 0.98 * np.log(2)
-    gamma = 100 * ends_of(1).query("zero_gamma").set_index("model").val_accuracy
-    both = [f"{ends['resnet34', 0.001]:.1f}, {ends['resnet50', 0.001]:.1f} and "
-            f"{ends['resnet56', 0.003]:.1f}% mirrored and ",
-            f"{gamma.resnet34:.1f}, {gamma.resnet50:.1f} and {gamma.resnet56:.1f}% with zero gamma"]
-    slow = f"{ends['plain56', 0.001]:.1f}"
-    first = 100 * ends_of(0).set_index(["model", "mirrored", "learning_rate"]).val_accuracy
+    residual = [(f"resnet{depth}", rate) for depth, rate in WIRING_RATES.items()]
+    both = ["{:.1f}, {:.1f} and {:.1f}% mirrored and ".format(
+                *(cause[name, rate, 1] for name, rate in residual)),
+            "{:.1f}, {:.1f} and {:.1f}% with zero gamma".format(*(gamma[one] for one in residual))]
+    slow = f"{cause['plain56', 0.001, 1]:.1f}"
     for words in (f"never leaves guessing ({failed}%)", f"with seed 1 it has {failed}, so",
                   f"mirrored plain-56 failed: {failed}%, and at a lower rate {slow}",
-                  f"({first['plain56', 1, 0.001]:.1f} and {slow}%)", *both,
-                  f"{ends['plain34', 0.001]:.1f} and {ends['plain50', 0.001]:.1f}%"):
+                  f"({starts_of(0)['plain56', 0.001, 1]:.1f} and {slow}%)", *both,
+                  f"{cause['plain34', 0.001, 1]:.1f} and {cause['plain50', 0.001, 1]:.1f}%"):
         assert words in markdown_of("appendix_why"), words
     assert f"never left guessing ({failed}%; {slow} at 0.001)" in page("README.md")
 
 
 def test_the_appendix_judges_the_predictions():
     """Each as it was written down, so far by seed 0."""
-    text, cause = markdown_of("appendix_why"), seed_0_of_the_test()
-    gamma = zero_gamma_of_seed_0()
+    text, cause = markdown_of("appendix_why"), starts_of(0)
+    gamma = zero_gamma_of(0)
     small = [cause["plain20", 0.003, share] for share in (1, 0)]
     fast = [cause["plain34", 0.003, share] for share in (1, 0)]
     fifty = cause["resnet50", 0.001, 1], gamma["resnet50", 0.001], cause["resnet50", 0.001, 0]
@@ -798,7 +797,7 @@ def test_readme_tells_the_finding_and_the_why():
            "{:.1f} and {:.1f}".format(*drops)]
     assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
                for runs in (main, small))  # "training accuracy falls with depth, too"
-    cause = seed_0_of_the_test()
+    cause = starts_of(0)
     rows = [[cause[f"{kind}{depth}", rate, share] for kind in ("plain", "resnet")
              for share in (0, 1)] for depth, rate in WIRING_RATES.items()]
     say += ["| {} | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(depth, *row)

@@ -135,7 +135,6 @@ def losses(rh, weights):
 
 def write_slowly(path):
     """In a process of a pool: a file that takes two seconds to be written."""
-
     import resnet_helpers as rh
 
     def write(partial):
