@@ -978,12 +978,13 @@ def read_runs(folder):
 
 
 def _run_table(run, path):
-    table = pd.DataFrame(run["history"], dtype=float)
-    machine = {key: run["environment"].get(key, math.nan) for key in MACHINE}
+    history = pd.DataFrame(run["history"], dtype=float)
     classes = run["environment"].get("classes", 2)  # older runs are of cats and dogs
-    return table.assign(
-        file=pathlib.Path(path).name, status=run["status"], classes=classes,
-        epoch=range(1, len(table) + 1), **run["config"], **machine)
+    machine = {key: run["environment"].get(key, math.nan) for key in MACHINE}
+    # All columns at once: one by one they take four times as long.
+    return pd.DataFrame({
+        **history, "file": pathlib.Path(path).name, "status": run["status"], "classes": classes,
+        "epoch": range(1, len(history) + 1), **run["config"], **machine})
 
 
 def network_name(row):

@@ -1,5 +1,6 @@
 """The committed notebooks as a reader meets them, and the same executed on tiny data."""
 
+import functools
 import json
 import pathlib
 import re
@@ -121,9 +122,14 @@ HE = "mirrored == 0 and shortcut_scale == 1 and not zero_gamma"  # start and sho
 USUAL = f"optimizer == 'adam' and {HE}"
 
 
+@functools.cache  # many tests read them; none may change the table
+def runs_in(folder):
+    return rh.read_runs(ROOT / "results" / folder)
+
+
 def every_run():
     """The committed runs from two cores in 15 epochs and the usual start."""
-    runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    runs = runs_in("full/cats_vs_dogs")
     return runs.query(f"{USUAL} and epochs == 15")
 
 
@@ -156,7 +162,7 @@ def main_tables():
 
 def gpu_runs():
     """The GPU's Table 1 networks at the rates that seed 0 chose; section 4.2's; all its runs."""
-    every = rh.read_runs(ROOT / "results" / "gpu")
+    every = runs_in("gpu")
     usual = every.query(f"{USUAL} and epochs == 15")
     first = usual.query("seed == 0 and epoch == 15").sort_values("loss")
     rates = first.groupby("model").learning_rate.first()
@@ -198,7 +204,7 @@ def test_the_gpu_tried_the_rates_of_the_rule():
 
 def test_the_gpu_saw_the_same_images():
     runs = gpu_runs()[-1]
-    committed = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    committed = runs_in("full/cats_vs_dogs")
     for key in ("images_crc32", "labels_crc32"):
         assert set(runs[key]) == set(committed[key].dropna())
     assert set(runs.device) == {"GPU x86_64"} and set(committed.device) == {"CPU x86_64"}
@@ -474,7 +480,7 @@ def measured_and_reached(main, small):
 
 def ends_of(seed):
     """The last epoch of each run of this seed from two cores, in 15 epochs with Adam."""
-    runs = rh.read_runs(ROOT / "results" / "full" / "cats_vs_dogs")
+    runs = runs_in("full/cats_vs_dogs")
     return runs.query("epoch == 15 and epochs == 15 and seed == @seed and optimizer == 'adam'")
 
 
