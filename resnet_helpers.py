@@ -467,7 +467,7 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
             in the authors' released networks, or in its "3x3" ("v1.5").
         zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
         shortcut_scale: a in y = relu(F(x) + a x): 1 in the paper.
-        mirrored: From 0, He's start, to 1, a plain network that starts linear.
+        mirrored: From 0, He's start, to 1, a plain network that starts linear (a max pool aside).
         seed: Makes the initial weights reproducible.
     """
     _require(0 < len(kernel_sizes) == len(channel_sizes),
@@ -1116,6 +1116,7 @@ def _label_ends(axis, epochs):
     """Name the solid lines where they end, the lower one a little lower."""
     axis.set_xlim(0, 1.5 * epochs)
     axis.set_xticks(range(0, epochs + 1, max(1, epochs // 3)))
+    axis.margins(y=0.15)  # room for a name at the edge
     lines = [line for line in axis.get_lines() if not line.is_dashed() and len(line.get_xdata())]
     lines.sort(key=lambda line: line.get_ydata()[-1])
     for i, line in enumerate(lines):

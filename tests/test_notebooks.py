@@ -677,6 +677,12 @@ def test_notebook_3_tells_the_committed_runs():
     assert [list(epochs) for epochs in ahead] == [[1], [1, 2, 3]]
     assert ("plain-34 is ahead of ResNet-34 in the first epoch and plain-50 ahead of ResNet-50 in "
             "the first three") in told
+    first = (100 * runs[runs.epoch == 1].set_index("model").val_accuracy).map("{:.1f}".format)
+    assert (f"{first.resnet34} against {first.plain34}% in validation with 34 layers, "
+            f"{first.resnet50} against {first.plain50}% with 50") in told
+    for key in ("accuracy", "val_accuracy"):  # "lead from the first epoch"
+        by_epoch = runs.pivot(index="epoch", columns="model", values=key)
+        assert all((by_epoch[f"resnet{d}"] > by_epoch[f"plain{d}"]).all() for d in (34, 50))
     assert printed(cells_of("03_training")["ahead"]) == (
         "plain-34 is ahead in epochs: [1]\nplain-50 is ahead in epochs: [1, 2, 3]\n")
 
