@@ -8,6 +8,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 
 # Read when TensorFlow is loaded: fast convolutions, few messages, GPU memory as needed.
@@ -79,7 +81,7 @@ def results_folder(profile=None, dataset=None):
 def _short_name(dataset):
     """A data set's name within file names; for a folder with a checksum of its whole path."""
     if os.path.isabs(dataset):
-        return f"{pathlib.Path(dataset).name}-{zlib.crc32(dataset.encode()):08x}"
+        return f"{pathlib.Path(dataset).name}-{zlib.crc32(os.fsencode(dataset)):08x}"
     return dataset.replace("/", "-")
 
 
@@ -105,7 +107,7 @@ def write_atomically(path, write):
             write(partial)
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            _replace(partial, path)
     except OSError as error:
         raise type(error)(
             f"Cannot write {path} ({error}). What was saved before is safe. Make room, or set "
@@ -115,11 +117,22 @@ def write_atomically(path, write):
             partial.unlink()  # there only if something went wrong
 
 
+def _replace(partial, path):
+    """Windows refuses it while somebody reads the file at `path`: try for a second."""
+    for _ in range(10):
+        with contextlib.suppress(PermissionError):
+            return os.replace(partial, path)
+        time.sleep(0.1)
+    os.replace(partial, path)
+
+
 def _read_arrays(path, names=None):
     """The arrays of these names, or all, in a file of np.savez; a damaged file is named."""
     try:
         with open(path, "rb") as opened, np.load(opened) as file:  # alone it leaves files open
             return [file[name] for name in names or file.files]
+    except (MemoryError, PermissionError):  # not the file's fault
+        raise
     except Exception as error:  # a damaged zip can raise anything
         raise ValueError(f"{path} is damaged or another file ({error!r}). Move it away.") from error
 
@@ -138,7 +151,7 @@ def data_dir():
     return _folder("TFDS_DATA_DIR", "~/tensorflow_datasets")
 
 
-def prepare_dataset(profile=None, name=None):
+def prepare_dataset(profile=None, name=None, image_size=32):
     """Bring a data set (see `get_dataset`) to this machine, and return its name.
 
     TensorFlow Datasets downloads what is not there (cats_vs_dogs: 787 MB). Without a network, all
@@ -149,7 +162,7 @@ def prepare_dataset(profile=None, name=None):
 
     asked_for = name or os.environ.get("RESNET_DATASET")
     name = get_dataset(name)
-    if _decoded_path(name, 32):
+    if _decoded_path(name, image_size):
         return name
     known = [DIGITS, *tfds.list_builders(with_community_datasets=False)]
     _require(name.split("/")[0] in known, "a data set that TensorFlow Datasets knows, or the whole "
@@ -167,7 +180,7 @@ def prepare_dataset(profile=None, name=None):
                 f"Preparing {name} in {data_dir()} failed ({error!s:.99}). Try again online, set "
                 "TFDS_DATA_DIR to a folder with it, or RESNET_PROFILE=quick.") from error
         print(f"!!! NO CATS, NO DOGS ({error!s:.99}). Handwritten digits ({DIGITS}) instead.")
-        return prepare_dataset(profile, DIGITS)
+        return prepare_dataset(profile, DIGITS, image_size)
 
 
 def _download(name):
@@ -201,8 +214,9 @@ def load_data(name=None, image_size=32):
     name = get_dataset(name)
     path = _decoded_path(name, image_size)
     if path is None:
-        raise FileNotFoundError(f"{name} is not on this machine. prepare_dataset() fetches what "
-                                f"TensorFlow Datasets knows, into {data_dir()}.")
+        raise FileNotFoundError(
+            f"{name} is not on this machine. prepare_dataset(image_size={image_size}) fetches what "
+            f"TensorFlow Datasets knows, into {data_dir()}.")
     if not path.exists():
         with filelock.FileLock(f"{path}.lock"):  # two may start at once
             if not path.exists():
@@ -220,14 +234,14 @@ def _decoded_path(name, image_size):
     stem = f"{_short_name(name)}-{image_size}px-"
     if os.path.isabs(name):
         found = _pictures(name) if os.path.isdir(name) else []
-        state = "".join(f"{file}{file.stat().st_mtime_ns}" for file in found)
+        state = os.fsencode("".join(f"{file}{file.stat().st_mtime_ns}" for file in found))
     else:
         found = sorted((data_dir() / name).glob("[0-9]*/dataset_info.json"))
-        state = "".join(file.read_text() for file in found)
+        state = b"".join(file.read_bytes() for file in found)
     if not found:
-        there = folder.glob("*.npz")
-        return next((path for path in there if path.name.startswith(stem)), None)
-    return folder / f"{stem}{zlib.crc32(state.encode()):08x}.npz"  # another one for a changed set
+        there = [path for path in folder.glob("*.npz") if path.name.startswith(stem)]
+        return max(there, key=os.path.getmtime, default=None)
+    return folder / f"{stem}{zlib.crc32(state):08x}.npz"  # another one for a changed set
 
 
 def _decode_tfds(name, image_size):
@@ -248,6 +262,8 @@ def _decode_tfds(name, image_size):
     _require("image" in features and classes and "train" in splits,
              f"images, labels of classes and a split 'train' in {name}",
              f"{', '.join(features)} in {', '.join(splits)}")
+    image = features["image"]
+    _require(image.dtype == np.uint8 and image.shape[-1] in (1, 3), "8 bits, gray or RGB", image)
     options = tf.data.Options()
     options.autotune.enabled = False  # it holds up the end of a pass by up to a minute
     arrays = []
@@ -277,7 +293,11 @@ def _decode_folder(folder, image_size):
         try:
             with Image.open(file) as picture:
                 _require(picture.mode[0] not in "IF", "8 bits per colour", picture.mode)
-                picture = ImageOps.exif_transpose(picture).convert("RGB")  # cameras note a turn
+                picture = ImageOps.exif_transpose(picture)  # cameras note a turn
+                if picture.has_transparency_data:
+                    white = Image.new("RGBA", picture.size, "white")
+                    picture = Image.alpha_composite(white, picture.convert("RGBA"))
+                picture = picture.convert("RGB")
             images[i] = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
         except Exception as error:  # a broken picture can raise anything
             raise ValueError(f"{file} is no picture ({error}). Mend or remove it.") from error
@@ -738,7 +758,8 @@ def train_run(config, folder=None, keep_weights=False, verbose=True):
             with filelock.FileLock(lock, timeout=10):  # an ending process may still hold it
                 if not path.exists():
                     _train(config, path, keep_weights, verbose)
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows: another process waits for it
+                lock.unlink()
         except filelock.Timeout:
             raise RuntimeError(
                 f"Another process trains {path.stem} ({lock}). Wait, or stop it.") from None
@@ -848,7 +869,8 @@ def _finish(path, run, model, val, keep_weights):
         copy = keras.Model(model.input, model.output, name=model.name)
         write_atomically(path.with_suffix(".weights.h5"), copy.save_weights)
     write_atomically(path, lambda partial: partial.write_text(json.dumps(run, indent=1) + "\n"))
-    _checkpoint(path).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows: somebody reads it
+        _checkpoint(path).unlink()
 
 
 def _epoch_line(table, i=-1):
@@ -865,13 +887,18 @@ def process_pool(workers=1):
 
     They share the cores. When the `with` block or this process ends, so do they, at once.
     """
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    threads = max(1, joblib.cpu_count() // workers)
     context = multiprocessing.get_context("spawn")
     read_end, write_end = context.Pipe(duplex=False)  # write_end closes when this process dies
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, context, _start_process, (read_end, max(1, joblib.cpu_count() // workers)),
-        max_tasks_per_child=1)
+
+    def in_a_process(function, *arguments):
+        with concurrent.futures.ProcessPoolExecutor(
+                1, context, _start_process, (read_end, threads)) as process:
+            return process.submit(function, *arguments).result()
+
     try:
-        yield pool
+        yield types.SimpleNamespace(submit=functools.partial(pool.submit, in_a_process))
     finally:
         write_end.close()
         pool.shutdown(cancel_futures=True)
@@ -915,7 +942,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
                 jobs[path] = executor.submit(train_run, config, path.parent, keep_weights, False)
                 stack.callback(jobs[path].cancel)
         _watch(jobs, tables, show)
-    return pd.concat([_run_table(read_run(path), path) for path in paths], ignore_index=True)
+    return pd.concat(tables.values(), ignore_index=True)
 
 
 def _watch(jobs, tables, show):
@@ -929,18 +956,19 @@ def _watch(jobs, tables, show):
             show(pd.concat(tables.values(), ignore_index=True))
         for path in ended:
             try:
-                jobs.pop(path).result()
+                run = jobs.pop(path).result()
             except Exception as error:
                 error.add_note(f"The run was {path.stem}; its finished epochs are kept.")
                 raise
-            if not path.exists():
-                raise RuntimeError(f"{path.stem} came back untrained: there is no {path}.")
+            if not run:
+                raise RuntimeError(f"{path.stem} came back untrained.")
+            tables[path] = _run_table(run, path)
 
 
 def _tell(path, tables):
     """Print a run's new epochs; return how many there are."""
     known = len(tables[path])
-    with contextlib.suppress(ValueError):  # as where a network's file system is late
+    with contextlib.suppress(ValueError, OSError):  # as where a network's file system is late
         run = _saved_run(path)
         if run:
             tables[path] = _run_table(run, path)
@@ -1002,7 +1030,7 @@ def last_epochs(runs):
     """The last epoch of each run, without numbers where it diverged.
 
     Raises ValueError, which names files, if runs cannot be compared: they differ in the recipe or
-    the machine, a network has several learning rates, or one seed is there twice.
+    the machine, have not ended, a network has several learning rates, or a seed is there twice.
     """
     for key in RECIPE:
         files = runs.groupby(key).file.unique()  # NaN, older than a checksum, is left out
@@ -1011,7 +1039,9 @@ def last_epochs(runs):
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({some}).")
     twice = runs[runs.duplicated(["file", "epoch"])].file.unique()
     _require(not len(twice), "files with different names", f"more than one {', '.join(twice)}")
-    last = runs.groupby("file").tail(1).copy()
+    last = runs.sort_values("epoch", kind="stable").groupby("file").tail(1).copy()
+    unfinished = last[(last.epoch < last.epochs) & (last.status != "diverged")].file.tolist()
+    _require(not unfinished, "runs with all their epochs", unfinished)
     last.loc[last.status == "diverged", list(HISTORY)] = math.nan
     for network, part in last.groupby(NETWORK):
         _require(part.learning_rate.nunique() == 1 and part.seed.is_unique,
@@ -1079,8 +1109,9 @@ STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", 11 / 
 def plot_histories(runs):
     """Draw losses and accuracies against epochs, a column per depth, a colour per network.
 
-    Training is solid, validation dashed; with several seeds a line is their mean, a band their
-    range. Raises ValueError for runs of a network that differ in more than the seed.
+    Training is solid, validation dashed. With several seeds a line is their mean (of those that
+    have not diverged), a band their range. Raises ValueError for runs of a network that differ in
+    more than the seed.
     """
     differ = [key for key in (*NETWORK, *RECIPE, "learning_rate")
               if (runs.groupby("model")[key].nunique() > 1).any()]

