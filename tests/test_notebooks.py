@@ -211,6 +211,28 @@ def test_the_gpu_saw_the_same_images():
     assert f"{runs.file.nunique()} runs" in (ROOT / "results" / "gpu" / "README.md").read_text()
 
 
+def test_the_gpu_page_has_the_means():
+    every = gpu_runs()[-1].query("epoch == 15 and epochs == 15")
+    page = (ROOT / "results" / "gpu" / "README.md").read_text()
+    groups = every.groupby(["model", "zero_gamma", "learning_rate"])
+    rows = {names: 100 * part.val_accuracy for names, part in groups if part.seed.nunique() > 2}
+    assert len(rows) == page.count(" ± ") == 16
+    for (model, zero_gamma, rate), accuracy in rows.items():
+        name = rh.display_name(model) + ", zero gamma" * zero_gamma
+        (found,) = re.findall(rf"\| {name} \| {rate:g} \| \d to \d \| (.*) \|", page)
+        assert found == f"{accuracy.mean():.1f} ± {accuracy.std():.1f}"
+    rates = gpu_runs()[0].groupby("model").learning_rate.first()
+    assert rates.to_dict() == {"plain34": 0.003, "plain50": 0.003, "resnet18": 0.003,
+                               "plain18": 0.01, "resnet34": 0.01, "resnet50": 0.01}
+
+
+def gpu_at_the_rates_of(main):
+    """The GPU's runs with 34 and 50 layers, seeds 0 to 2, at the rates of the main table."""
+    runs = gpu_runs()[-1].query(f"{USUAL} and epochs == 15 and seed < 3")
+    runs = runs[runs.model.map(rh.MODELS).isin([34, 50])]
+    return runs[runs.learning_rate == runs.model.map(main.groupby("model").learning_rate.first())]
+
+
 def markdown_of(name):
     cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
@@ -294,7 +316,7 @@ def test_notebook_4_tells_the_curves_and_the_paper():
             for model, words in (("plain34", "plain-34 from"), ("resnet50", "loses, from"))]
     say += ["training loss, {:.3f} against {:.3f}".format(*losses.resnet34[[0.003, 0.001]])]
     table = 100 * rh.ablation_table(main)
-    say += ["shortcuts are worth {:.1f} points at 18 layers, which is undecided, {:.1f} at 34 and "
+    say += ["residual is ahead by {:.1f} points at 18 layers, which is undecided, {:.1f} at 34 and "
             "{:.1f} at 50".format(*table.difference)]
     assert (table.low > 0).tolist() == [False, True, True]
     for words in say:
@@ -342,7 +364,13 @@ def test_notebook_4_tells_the_checks():
             f"on average, and by {apart.abs().max():.1f} at most ({rh.display_name(model)} at "
             f"{rate:g})"]
     there = 100 * rh.ablation_table(usual[~usual.model.map(rh.MODELS).isin(rh.UNITS)])
-    say += [f"residual minus plain is {listed(there.difference)} on the GPU (five seeds), and "
+    same, own = (100 * rh.ablation_table(runs)
+                 for runs in (gpu_at_the_rates_of(main), gpu_runs()[0]))
+    assert own.low["34 layers"] < 0  # "undecided"
+    say += [f"is {listed(same.difference)} on the GPU at 34 and 50 layers, and "
+            f"{listed(table.difference[1:])} here",
+            f"an undecided {own.difference['34 layers']:+.1f}, seeds 1 to 3"]
+    say += [f"it is {listed(there.difference)} on the GPU (five seeds), and "
             f"{listed(100 * rh.ablation_table(small).difference)} here; zero gamma takes ResNet-50 "
             "from {:.1f} to {:.1f}%".format(*zero_gamma(gpu).resnet50)]
     one = seed_0_at_the_common_rate(every)
@@ -362,10 +390,13 @@ def test_notebook_4_tells_the_checks():
     hardly = rh.ablation_table(main)["plain hardly learned"]
     assert (hardly[:-1] == 0).all()
     number = ("none", "one", "two", "three")[hardly.iloc[-1]]
+    short = gpu.query(f"{USUAL} and model == 'plain50' and epochs == 15 and seed == 1")
+    short = short[(short.epoch == 15) & (short.learning_rate == slow.learning_rate.iloc[0])]
     say += [f"at {loss:.3f} against {np.log(2):.3f}, and {number} of its three runs",
             f"ResNet-56 has {hour.resnet56:.1f}% and ResNet-20 {hour.resnet20:.1f}%",
-            f"training loss ends at {loss:.3f}, and guessing scores {np.log(2):.3f}. With 45 "
-            f"epochs it reaches {slow.loss[45]:.3f} and {100 * slow.val_accuracy[45]:.1f}%"]
+            f"training loss ends at {short.loss.item():.3f} (same seed, GPU), and guessing scores "
+            f"{np.log(2):.3f}. With 45 epochs it reaches {slow.loss[45]:.3f} and "
+            f"{100 * slow.val_accuracy[45]:.1f}%"]
     size = {name: stage_table(rh.create_model(name)).parameters["total"]
             for name in set(main.model)}
     say += [", ".join(f"{size[f'resnet{d}'] / size[f'plain{d}'] - 1:.1%} at {d} layers"
@@ -805,8 +836,8 @@ def test_readme_tells_the_finding_and_the_why():
                        for kind in ("plain", "residual"))
     drops = [own[kind].iloc[0] - own[kind].iloc[-1] for kind in ("plain", "residual")]
     say = [f"costs {plain:.1f} points of validation accuracy without shortcuts and {residual:.1f} "
-           "with them; in the family of ResNet-34 and ResNet-50, from 18 to 50 layers, "
-           "{:.1f} and {:.1f}".format(*drops)]
+           "with them; in the family of ResNet-34 and ResNet-50, from 18 to 50 layers "
+           "(and bottlenecks), {:.1f} and {:.1f}".format(*drops)]
     assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
                for runs in (main, small))  # "training accuracy falls with depth, too"
     cause = starts_of(0)
@@ -836,22 +867,28 @@ def test_readme_tells_the_checks():
     assert (rates[["plain34", "plain50"]] == 0.003).all()
     assert (rates[["resnet34", "resnet50"]] == 0.001).all()
     assert (small.learning_rate == 0.003).all()
-    say = ["with all networks at 0.001 the gap at 34 layers is {1:+.1f} points ({0:+.1f} at 18 "
-           "layers, {2:+.1f} at 50)".format(*common.difference)]
+    fast = every.query("learning_rate == 0.003 and seed < 3 and shortcut != 'zero_pad'")
+    fast = 100 * rh.ablation_table(fast[fast.model.map(rh.MODELS).isin([18, 34, 50])])
+    assert fast.low["34 layers"] < 0 < fast.low["50 layers"]  # "an undecided ..."
+    say = ["with all at 0.001 it is {1:+.1f} points at 34 layers ({2:+.1f} at 50), with all at "
+           .format(*common.difference)
+           + "0.003 an undecided {1:+.1f} ({2:+.1f})".format(*fast.difference)]
     end = gpu[gpu.epoch == gpu.epochs].set_index("model")
     slow = end[end.epochs == 45].loc["plain50"]
     loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
     say += [f"training loss ends at {loss:.3f} (guessing scores {np.log(2):.3f}), in 45 at "
             f"{slow.loss:.3f}, with {100 * slow.val_accuracy:.1f}% validation accuracy"]
     long = 100 * end[end.epochs == 60].val_accuracy
-    say += [f"({long.resnet56:.1f} and {long.resnet20:.1f}%, one seed)"]
+    say += [f"({long.resnet56:.1f} and {long.resnet20:.1f}%, one seed, GPU)"]
     one = seed_0_at_the_common_rate(every)
     say += ["ResNet-34 reaches {:.1f}% and ResNet-50 {:.1f}% instead of {:.1f}% and {:.1f}%"
             .format(*(one[model, shortcut] for shortcut in ("zero_pad", "projection")
                       for model in ("resnet34", "resnet50")))]
     say += ["ResNet-50 reaches {1:.1f}% instead of {0:.1f} (GPU".format(*zero_gamma(gpu).resnet50)]
     gap = 100 * rh.ablation_table(there).difference
-    say += [f"at 20 layers is {gap.iloc[0]:+.1f} points and at 56 layers {gap.iloc[-1]:+.1f} (five"]
+    same = 100 * rh.ablation_table(gpu_at_the_rates_of(main)).difference
+    say += [f"is {listed(same)} points at 34 and 50 layers (three seeds, the same rates), "
+            f"{gap.iloc[0]:+.1f} and {gap.iloc[-1]:+.1f} at 20 and 56 (five)"]
     for words in say:
         assert words in page("README.md"), words
 
