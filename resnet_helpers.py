@@ -263,7 +263,7 @@ def _decode_tfds(name, image_size):
              f"images, labels of classes and a split 'train' in {name}",
              f"{', '.join(features)} in {', '.join(splits)}")
     image = features["image"]
-    _require(image.dtype == np.uint8 and image.shape[-1] in (1, 3), "8 bits, gray or RGB", image)
+    _require(image.np_dtype == np.uint8 and image.shape[-1] in (1, 3), "8 bits, gray or RGB", image)
     options = tf.data.Options()
     options.autotune.enabled = False  # it holds up the end of a pass by up to a minute
     arrays = []
