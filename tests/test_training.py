@@ -462,7 +462,7 @@ def test_what_is_damaged_is_found_before_anything_trains(tmp_path, monkeypatch, 
         rh.train_runs([first, second], Refusing(), tmp_path)
 
 
-def test_a_folder_that_shows_files_late_is_no_error(tmp_path, monkeypatch):
+def test_a_folder_that_shows_files_late_is_no_error(tmp_path):
     """As network file systems do: what the executor hands back is the run."""
     one = tiny(epochs=1)
     run = rh.train_run(one, tmp_path / "elsewhere")
