@@ -392,9 +392,16 @@ def tiny(model="resnet20", **changes):
     return rh.make_config(model, **{**TINY, **changes})
 
 
-def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeypatch, capsys):
-    configs, shown = [tiny(), tiny("plain20")], []
-    alone = [outcome(rh.train_run(one, tmp_path / "here")) for one in configs]  # one thread each
+@pytest.fixture(scope="module")
+def pair(small_world, tmp_path_factory):
+    """Two configurations, and the outcomes of their runs in this process (one thread each)."""
+    configs = [tiny(epochs=6), tiny("plain20", epochs=6)]
+    folder = tmp_path_factory.mktemp("pair")
+    return configs, [outcome(rh.train_run(one, folder)) for one in configs]
+
+
+def test_runs_in_processes_side_by_side_equal_runs_in_this_one(pair, tmp_path, monkeypatch, capsys):
+    (configs, alone), shown = pair, []
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     monkeypatch.setattr(rh.joblib, "cpu_count", lambda: 2)
     context, started = multiprocessing.context.SpawnProcess, []
@@ -407,10 +414,10 @@ def test_runs_in_processes_side_by_side_equal_runs_in_this_one(tmp_path, monkeyp
     assert len(started) == 2  # none that has nothing to do: each takes seconds
     printed = capsys.readouterr().out
     for number, name in ((1, "ResNet-20"), (2, "plain-20")):
-        for epoch in (1, 2):
-            assert f"[{number}/2] {name}, seed 0, epoch {epoch}/2: loss" in printed
-    assert len(table) == 4 and not list((tmp_path / "processes").glob(".*"))
-    assert shown and len(shown[-1]) == 4
+        for epoch in (1, 6):
+            assert f"[{number}/2] {name}, seed 0, epoch {epoch}/6: loss" in printed
+    assert len(table) == 12 and not list((tmp_path / "processes").glob(".*"))
+    assert shown and len(shown[-1]) == 12
     for one, expected in zip(configs, alone):
         path = rh.run_path(one, tmp_path / "processes")
         assert path.with_suffix(".weights.h5").exists()
@@ -557,7 +564,9 @@ needs_proc = pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), re
 
 @needs_proc
 @pytest.mark.parametrize("how", ("kill -9", "Ctrl-C"))
-def test_no_process_and_no_litter_is_left_and_the_twin_is_kept_out(tmp_path, monkeypatch, how):
+def test_no_process_and_no_litter_is_left_and_the_twin_is_kept_out(
+    tmp_path, monkeypatch, capsys, how
+):
     config = tiny(epochs=500)
     path, acquire = rh.run_path(config, tmp_path), filelock.FileLock.acquire
     with start_runs(tmp_path, config) as parent:
@@ -577,11 +586,10 @@ def test_no_process_and_no_litter_is_left_and_the_twin_is_kept_out(tmp_path, mon
         epochs = len(rh._saved_run(path)["history"]["loss"])
         assert 0 < epochs < 500
     assert sorted(each.suffix for each in tmp_path.iterdir()) in ([".lock", ".npz"], [".npz"])
-    with start_runs(tmp_path, config) as parent:
-        line = next((line for line in parent.stdout if line.startswith("[1/1]")), "")
-        assert f"epoch {epochs + 1}/500" in line
-        parent.kill()
-        all_end(children(parent.pid))
+    stop_after(epochs + 1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        rh.train_run(config, tmp_path)
+    assert f"Going on after epoch {epochs} of 500" in capsys.readouterr().out
 
 
 def test_a_process_that_ends_finishes_what_it_is_writing(tmp_path):
@@ -622,11 +630,10 @@ def test_a_run_that_is_killed_is_named(tmp_path):
 
 
 @needs_proc
-def test_a_cluster_that_loses_a_worker_ends_in_the_same_histories(tmp_path):
+def test_a_cluster_that_loses_a_worker_ends_in_the_same_histories(pair, tmp_path):
     """Dask with two worker processes; the run that its killed worker trained goes on elsewhere."""
     distributed = pytest.importorskip("dask.distributed")
-    configs = [tiny(epochs=6), tiny("plain20", epochs=6)]
-    expected = [outcome(rh.train_run(one, tmp_path / "alone")) for one in configs]
+    configs, expected = pair
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
@@ -648,17 +655,19 @@ def test_a_cluster_that_loses_a_worker_ends_in_the_same_histories(tmp_path):
     assert sum("earlier_environments" in run for run in runs) == 1
 
 
-def test_importing_the_helper_starts_no_device():
+def test_importing_the_helper_starts_no_device_and_leaves_the_look_of_other_figures_alone():
     lines = (
+        "import matplotlib; before = dict(matplotlib.rcParams); "
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import resnet_helpers; "
-        "import tensorflow as tf; "
+        "now = dict(matplotlib.rcParams); import tensorflow as tf; "
         "tf.config.threading.set_intra_op_parallelism_threads(1); "
         "tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], "
         "[tf.config.LogicalDeviceConfiguration()] * 2); "
-        "print(len(tf.config.list_logical_devices('CPU')))"
+        "print(len(tf.config.list_logical_devices('CPU')), "
+        "[key for key in now if now[key] != before[key]])"
     )
     ended = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
-    assert ended.stdout.strip() == "2", ended.stderr
+    assert ended.stdout.strip() == "2 []", ended.stderr
 
 
 # -------------------- input pipeline
