@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import resnet_helpers as rh
 import scipy.stats
+import tensorflow as tf
 from notebook_code import format_percent, stage_table
 from training_runs import predictions
 
@@ -725,6 +726,13 @@ def printed(cell):
     return "".join(text for _, text in outputs(cell))
 
 
+def test_notebook_2_shows_equal_networks():
+    cells = cells_of("02_models")
+    apart = re.findall(r"^(\S+): .*largest difference (\S+)$", printed(cells["equal-code"]), re.M)
+    assert dict(apart) == dict.fromkeys(("plain-34", "ResNet-34", "plain-50", "ResNet-50"), "0.0")
+    assert re.findall(r"equal: (\w+)", printed(cells["parameters-code"])) == ["True", "True"]
+
+
 def test_notebook_3_tells_the_committed_runs():
     told, runs = markdown_of("03_training"), committed_runs()
     runs = runs[(runs.seed == 0) & runs.model.isin(["plain34", "resnet34", "plain50", "resnet50"])]
@@ -797,6 +805,19 @@ def test_solutions_are_right_by_the_checks_of_notebook_1(capsys, tiny_cats):
              "first_labels": answers["first_labels"][::-1]}
     given = {"rh": rh, "np": np, "data": answers["data"]}
     check_exercises("01_data", given, answers, wrong, capsys)
+
+
+def test_solutions_are_right_by_the_checks_of_notebook_2(capsys):
+    """On the networks that the notebook builds by hand."""
+    given, cells = {"keras": keras, "stage_table": stage_table}, cells_of("02_models")
+    given |= {"rh": rh, "np": np}
+    for name in ("def-conv-bn", "def-pair", "def-my-unit", "def-my-stage", "def-my-resnet"):
+        exec("".join(cells[name]["source"]), given)
+    answers = solved("models", tf=tf)
+    given |= {name: answers[name] for name in ("images", "value", "x")}
+    wrong = {"weight_layers": 30, "probability_of_dog": 0.0,
+             "my_zero_pad": lambda x, *rest: answers["my_zero_pad"](x[:, ::-1], *rest)}
+    check_exercises("02_models", given, answers, wrong, capsys)
 
 
 def test_solutions_are_right_by_the_checks_of_notebook_3(capsys):
