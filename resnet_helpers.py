@@ -215,8 +215,8 @@ def load_data(name=None, image_size=32):
     path = _decoded_path(name, image_size)
     if path is None:
         raise FileNotFoundError(
-            f"{name} is not on this machine. prepare_dataset(image_size={image_size}) fetches what "
-            f"TensorFlow Datasets knows, into {data_dir()}.")
+            f"{name} is not on this machine. prepare_dataset(name={name!r}, "
+            f"image_size={image_size}) fetches what TensorFlow Datasets knows, into {data_dir()}.")
     if not path.exists():
         with filelock.FileLock(f"{path}.lock"):  # two may start at once
             if not path.exists():
@@ -233,7 +233,7 @@ def _decoded_path(name, image_size):
     folder = _folder("RESNET_DATA", "~/.cache/resnet_helpers")
     stem = f"{_short_name(name)}-{image_size}px-"
     if os.path.isabs(name):
-        found = _pictures(name) if os.path.isdir(name) else []
+        found = pictures(name) if os.path.isdir(name) else []
         state = os.fsencode("".join(f"{file}{file.stat().st_mtime_ns}" for file in found))
     else:
         found = sorted((data_dir() / name).glob("[0-9]*/dataset_info.json"))
@@ -274,33 +274,38 @@ def _decode_tfds(name, image_size):
     return Data(np.array(classes), *arrays)
 
 
-def _pictures(folder):
-    """The pictures in a folder's subfolders, in a fixed order."""
+def pictures(folder):
+    """The paths of the pictures in a folder's subfolders, one for each class, mixed by a seed."""
     classes = sorted(path for path in pathlib.Path(folder).glob("[!.]*") if path.is_dir())
     found = {path.name: sorted(file for file in path.glob("[!.]*")
                                if file.suffix.lower() in PICTURES) for path in classes}
     _require(len(found) >= 2 and all(found.values()),
              f"at least two subfolders of {folder}, each with pictures ({', '.join(PICTURES)}) of "
              "one class", {name: f"{len(files)} pictures" for name, files in found.items()})
-    return [file for files in found.values() for file in files]
+    files = [file for each in found.values() for file in each]
+    return [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+
+
+def read_picture(file):
+    """A picture of a folder as a PIL image in RGB: upright, on white where it is transparent."""
+    try:
+        with Image.open(file) as picture:
+            _require(picture.mode[0] not in "IF", "8 bits per colour", picture.mode)
+            picture = ImageOps.exif_transpose(picture)  # cameras note a turn
+            if picture.has_transparency_data:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            return picture.convert("RGB")
+    except Exception as error:  # a broken picture can raise anything
+        raise ValueError(f"{file} is no picture ({error}). Mend or remove it.") from error
 
 
 def _decode_folder(folder, image_size):
-    files = _pictures(folder)
-    files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    files = pictures(folder)
     images = np.empty((len(files), image_size, image_size, 3), "uint8")
     for i, file in enumerate(files):
-        try:
-            with Image.open(file) as picture:
-                _require(picture.mode[0] not in "IF", "8 bits per colour", picture.mode)
-                picture = ImageOps.exif_transpose(picture)  # cameras note a turn
-                if picture.has_transparency_data:
-                    white = Image.new("RGBA", picture.size, "white")
-                    picture = Image.alpha_composite(white, picture.convert("RGBA"))
-                picture = picture.convert("RGB")
-            images[i] = picture.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        except Exception as error:  # a broken picture can raise anything
-            raise ValueError(f"{file} is no picture ({error}). Mend or remove it.") from error
+        size = (image_size, image_size)
+        images[i] = read_picture(file).resize(size, Image.Resampling.BILINEAR)
     classes, labels = np.unique([file.parent.name for file in files], return_inverse=True)
     n = 7 * len(files) // 10
     return Data(classes, images[:n], labels[:n], images[n:], labels[n:])
@@ -375,12 +380,13 @@ MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "res
 class Conv2D(layers.Conv2D):
     """A convolution that pads alike on all sides (Keras's "same" does so only at stride 1).
 
-    For square kernels of odd size and `padding="same"`, without dilation or groups. Where images
-    are small it is a product of matrices: the same to rounding, in less time, and without the
-    weights that see only padding.
+    For square kernels of odd size. Where images are small it is a product of matrices: the same to
+    rounding, in less time, and without the weights that see only padding.
     """
 
     def convolution_op(self, inputs, kernel):
+        if self.padding != "same" or self.dilation_rate != (1, 1) or self.groups > 1:
+            return super().convolution_op(inputs, kernel)
         stride = self.strides[0]
         pad = self.kernel_size[0] // 2
         size = max(inputs.shape[1:3])
@@ -419,7 +425,8 @@ class BatchNormalization(layers.BatchNormalization):
 
     def call(self, inputs, training=None, mask=None):
         fused = keras.backend.backend() == "tensorflow" and self.compute_dtype != "float64"
-        if not (training and self.trainable and fused and self.center and self.scale):
+        fused = fused and self.axis in (-1, 3) and self.center and self.scale
+        if not (fused and training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
 
@@ -620,10 +627,10 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
         "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64,
         **PROFILES[profile], "optimizer": "adam", "learning_rate": 0.001,
         "schedule": CHOICES["schedule"][0], "augmentation": CHOICES["augmentation"][0],
-        "stem": plan["stem"], "stride_in": "1x1", "zero_gamma": False, "mirrored": 0.0,
-        "shortcut_scale": 1.0, "shortcut": plan["shortcut"], "seed": 0, "profile": profile}
+        "stem": plan["stem"], "stride_in": "1x1", **NEWER, "shortcut": plan["shortcut"],
+        "seed": 0, "profile": profile}
     if dataset not in SIZES:
-        data = load_data(dataset)
+        data = load_data(dataset, changes.get("image_size", 32))
         SIZES[dataset] = len(data.train_images), len(data.val_images)
     for key, n in zip(("train_images", "val_images"), SIZES[dataset]):
         config[key] = n if profile == "full" else min(n, config[key])
@@ -634,6 +641,8 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
     for key, value in {"seed": seed, **changes}.items():
         _require_one_of("entry of a configuration", key, config)
         config[key] = _checked(key, value, config[key], choices.get(key))
+    least = STEMS[config["stem"]][2]
+    _require(config["image_size"] >= least, f"image_size from {least}", config["image_size"])
     return config
 
 
@@ -740,6 +749,7 @@ def environment(data):
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or joblib.cpu_count()),
         "commit": commit or None, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": len(data.class_names),
+        "guessing_loss": float(scipy.stats.entropy(np.bincount(data.train_labels))),
         "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
         "labels_crc32": zlib.crc32(data.val_labels, zlib.crc32(data.train_labels))}
 
@@ -771,7 +781,8 @@ def _saved_run(path):
     if path.exists():
         return read_run(path)
     if _checkpoint(path).exists():
-        return json.loads(str(_read_arrays(_checkpoint(path), ["run"])[0]))
+        text = str(_read_arrays(_checkpoint(path), ["run"])[0])
+        return _parse_run(text, _checkpoint(path), ("training", "diverged"))
     return None
 
 
@@ -817,7 +828,8 @@ def _train(config, path, keep_weights, verbose):
         key = (config["seed"], len(run["history"]["loss"]))
         train = Batches(data.train_images[:n], data.train_labels[:n], config["batch_size"], key)
         _train_epoch(model, train, val, run)
-        _save_checkpoint(path, run, _state(model))
+        arrays = {"run": json.dumps(run)} | {str(i): x for i, x in enumerate(_state(model))}
+        write_atomically(_checkpoint(path), functools.partial(np.savez, **arrays))
         if verbose:
             print(_epoch_line(_run_table(run, path)), flush=True)
     _finish(path, run, model, val, keep_weights)
@@ -837,11 +849,6 @@ def _train_epoch(model, train, val, run):
 
 def _state(model):
     return [*model.variables, *model.optimizer.variables]
-
-
-def _save_checkpoint(path, run, state):
-    arrays = {"run": json.dumps(run)} | {str(i): value for i, value in enumerate(state)}
-    write_atomically(_checkpoint(path), lambda partial: np.savez(partial, **arrays))
 
 
 def _restore(path, run, state):
@@ -935,13 +942,16 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
     with contextlib.ExitStack() as stack:
         executor = executor or stack.enter_context(process_pool())
         jobs = {}
-        for path, config in zip(paths, configs):
-            if path.exists():
-                print(f"{path.stem}: loaded, not trained again")
-            else:
+        try:
+            for path, config in zip(paths, configs):
+                if path.exists():
+                    print(f"{path.stem}: loaded, not trained again")
+                    continue
                 jobs[path] = executor.submit(train_run, config, path.parent, keep_weights, False)
-                stack.callback(jobs[path].cancel)
-        _watch(jobs, tables, show)
+            _watch(jobs, tables, show)
+        finally:
+            for job in jobs.values():  # those that have not ended
+                job.cancel()
     return pd.concat(tables.values(), ignore_index=True)
 
 
@@ -983,14 +993,21 @@ def _tell(path, tables):
 
 def read_run(path):
     """Read one run's file as a dict; entries younger than the file have their usual values."""
+    return _parse_run(pathlib.Path(path).read_bytes(), path, ("finished", "diverged"))
+
+
+def _parse_run(text, path, statuses):
     try:
-        run = json.loads(pathlib.Path(path).read_text())
+        run = json.loads(text)
         run["history"] = {key: run["history"][key] for key in HISTORY}
         for key, usual in NEWER.items():
             run["config"].setdefault(key, usual)
+        _require_one_of("model", run["config"]["model"], MODELS)
+        _require_one_of("status", run["status"], statuses)
         table = _run_table(run, path)
-        table[[*NETWORK, "learning_rate", "seed"]]  # a KeyError if one is missing
-        _require(len(table) == run["config"]["epochs"] or run["status"] == "diverged",
+        needed = {*NETWORK, *RECIPE, "learning_rate", "seed"} - {"labels_crc32"}  # that is younger
+        _require(table[sorted(needed)].notna().all(axis=None), "no empty entry", run["config"])
+        _require(len(table) == run["config"]["epochs"] or run["status"] != "finished",
                  f"{run['config']['epochs']} epochs", len(table))
         return run
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1007,11 +1024,12 @@ def read_runs(folder):
 
 def _run_table(run, path):
     history = pd.DataFrame(run["history"], dtype=float)
-    classes = run["environment"].get("classes", 2)  # older runs are of cats and dogs
-    machine = {key: run["environment"].get(key, math.nan) for key in MACHINE}
+    saved = {"classes": 2} | run["environment"]  # the oldest runs are of cats and dogs
+    saved = {"guessing_loss": math.log(saved["classes"])} | saved  # of classes of equal size
+    machine = {key: saved.get(key, math.nan) for key in ("classes", "guessing_loss", *MACHINE)}
     # All columns at once: one by one they take four times as long.
     return pd.DataFrame({
-        **history, "file": pathlib.Path(path).name, "status": run["status"], "classes": classes,
+        **history, "file": pathlib.Path(path).name, "status": run["status"],
         "epoch": range(1, len(history) + 1), **run["config"], **machine})
 
 
@@ -1021,7 +1039,7 @@ def network_name(row):
     words = [display_name(row.model)]
     for key in NETWORK[1:]:
         if row[key] != usual[key]:
-            share = "" if row[key] in (True, 1) else f" {row[key]}"
+            share = "" if row[key] == 1 else f" {row[key]}"
             words.append(key.replace("_", " ") + share)
     return ", ".join(words)
 
@@ -1054,15 +1072,17 @@ def compare(plain, residual, metric="val_accuracy"):
     """Residual minus plain after equal epochs, from the `last_epochs` of two networks, as a dict.
 
     Means over seeds, standard deviations, numbers of seeds and of runs that hardly learned (their
-    training loss is above 98% of guessing's), and the ends of the difference's 95% confidence
-    interval (Welch's, which needs two seeds of each). NaN: a run diverged.
+    training loss is not below 98% of guessing's: the shares of the classes, whatever the image),
+    and the ends of the difference's 95% confidence interval (Welch's, which needs two seeds of
+    each). NaN: a run diverged.
     """
+    _require_one_of("metric", metric, HISTORY)
     row = {}
     for kind, runs in (("plain", plain), ("residual", residual)):
-        guessing = np.log(runs.classes.astype(float))
+        learned = runs.loss < 0.98 * runs.guessing_loss  # False where it diverged, too
         row |= {kind: runs[metric].mean(skipna=False), f"{kind} sd": runs[metric].std(skipna=False),
                 f"{kind} seeds": len(runs), f"{kind} rate": runs.learning_rate.iloc[0],
-                f"{kind} hardly learned": len(runs) - (runs.loss <= 0.98 * guessing).sum()}
+                f"{kind} hardly learned": (~learned).sum()}
     row["difference"] = row["residual"] - row["plain"]
     test = scipy.stats.ttest_ind(residual[metric], plain[metric], equal_var=False)
     row["low"], row["high"] = test.confidence_interval()
@@ -1095,11 +1115,10 @@ def ablation_table(runs, metric="val_accuracy"):
 # ---- plots ----
 
 # Hue is the kind, warm for plain and cool for residual; shade is the depth.
-COLOURS = {}
-for kind, palette in (("plain", "YlOrRd"), ("resnet", "YlGnBu")):
-    shades = sns.color_palette(palette, 8).as_hex()[3:]
-    for i, depth in enumerate(DEPTHS):  # five of Table 1, then five of section 4.2
-        COLOURS[f"{kind}{depth}"] = shades[i % 5]
+SHADES = {kind: sns.color_palette(palette, 8).as_hex()[3:]
+          for kind, palette in (("plain", "YlOrRd"), ("resnet", "YlGnBu"))}
+COLOURS = {f"{kind}{depth}": SHADES[kind][i % 5]  # five of Table 1, then five of section 4.2
+           for kind in SHADES for i, depth in enumerate(DEPTHS)}
 # For plt.rcParams.update: what the figures of the notebooks share.
 STYLE = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", 11 / 12),
          "figure.dpi": 90, "savefig.dpi": 180, "savefig.facecolor": "white",
@@ -1116,6 +1135,8 @@ def plot_histories(runs):
     differ = [key for key in (*NETWORK, *RECIPE, "learning_rate")
               if (runs.groupby("model")[key].nunique() > 1).any()]
     _require(not differ, "runs of a network that differ in the seed alone", f"also {differ}")
+    twice = runs[runs.duplicated(["model", "seed", "epoch"])].file.unique().tolist()
+    _require(not twice, "one run per network and seed", twice)
     depths = sorted(set(runs.model.map(MODELS)))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, len(depths), sharex=True, sharey="row", squeeze=False,

@@ -101,7 +101,7 @@ def test_decoded_images_need_no_prepared_data_set(tiny_cats, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tiny_cats / "none"))
     assert rh.prepare_dataset("full") == "cats_vs_dogs"
     assert (rh.load_data().train_images == expected).all()
-    with pytest.raises(FileNotFoundError, match=r"cats_vs_dogs is not on .*\(image_size=64\)"):
+    with pytest.raises(FileNotFoundError, match=r"\(name='cats_vs_dogs', image_size=64\)"):
         rh.load_data(image_size=64)
     asked = []
     monkeypatch.setattr(rh, "_download", asked.append)
@@ -345,7 +345,7 @@ def test_one_diverged_seed_of_several_leaves_no_mean_and_no_interval(tmp_path):
 
 
 def test_runs_that_hardly_learned_are_counted(tmp_path):
-    """Their training loss in the last epoch is above 98% of the logarithm of the classes."""
+    """Their training loss in the last epoch is above 98% of guessing's."""
     runs = [made_run(model, seed) for model in ("plain34", "resnet34") for seed in (0, 1, 2)
             if seed < len(ACCURACY[model])]
     for run, loss in zip(runs, (0.67, 0.69, 0.68, 0.60)):
@@ -355,6 +355,11 @@ def test_runs_that_hardly_learned_are_counted(tmp_path):
     for run, loss in zip(runs, (2.25, 2.26, 2.27, 2.0)):  # the limit is 2.257
         run["history"]["loss"][1], run["environment"]["classes"] = loss, 10
     table = rh.ablation_table(save(tmp_path / "10", *runs))
+    assert table["plain hardly learned"].item() == table["residual hardly learned"].item() == 1
+    for run, loss in zip(runs, (0.31, 0.33, 0.32, 0.30)):  # the limit is 0.319
+        run["history"]["loss"][1] = loss
+        run["environment"] |= {"classes": 2, "guessing_loss": 0.325}  # 90% and 10%
+    table = rh.ablation_table(save(tmp_path / "unequal", *runs))
     assert table["plain hardly learned"].item() == table["residual hardly learned"].item() == 1
 
 
@@ -521,6 +526,36 @@ def test_a_run_with_a_part_missing_is_named(tmp_path, part):
             read()
 
 
+@pytest.mark.parametrize("part, entry, value", [
+    ("config", "model", "resnet35"), ("config", "stem", None), ("config", "batch_size", None),
+    ("config", "seed", None), ("environment", "device", None), ("environment", "backend", None),
+    ("environment", "images_crc32", None), (None, "status", "training"), (None, "status", None)])
+def test_a_run_with_a_wrong_or_missing_entry_is_named(tmp_path, part, entry, value):
+    """Otherwise it would be left out of a table, or compared with what it does not equal."""
+    run = made_run("resnet34")
+    path = rh.run_path(run["config"], tmp_path)
+    (run[part] if part else run)[entry] = value
+    path.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=f"{path.name} is damaged or another file"):
+        rh.read_runs(tmp_path)
+    (run[part] if part else run).pop(entry)
+    path.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=f"{path.name} is damaged or another file"):
+        rh.read_runs(tmp_path)
+
+
+def test_an_unknown_metric_is_named(tmp_path):
+    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"))
+    with pytest.raises(ValueError, match="metric out of loss, .*'val_acc'"):
+        rh.ablation_table(runs, "val_acc")
+
+
+def test_a_run_that_is_there_twice_is_not_drawn(tmp_path):
+    runs = save(tmp_path, made_run("plain34"), made_run("resnet34"))
+    with pytest.raises(ValueError, match="one run per network and seed.*plain34-test-seed0.json"):
+        rh.plot_histories(pd.concat([runs, runs.query("model == 'plain34'")]))
+
+
 def test_figures_are_opaque_white_png(tmp_path):
     import matplotlib.pyplot as plt
 
@@ -587,7 +622,7 @@ def test_saved_model_loads(tmp_path):
 def test_the_helper_can_be_read_in_one_sitting():
     text = pathlib.Path(rh.__file__).read_text()
     lines = text.splitlines()
-    assert len(lines) <= 1155 and max(map(len, lines)) <= 100
+    assert len(lines) <= 1176 and max(map(len, lines)) <= 100
 
 
 PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma",

@@ -223,6 +223,25 @@ def test_convolution_pads_alike_on_all_sides(kernel_size, stride, shape):
         assert difference(*(tape.gradient(loss, variable) for loss in losses)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        (4, {"kernel_size": 3, "strides": 2, "padding": "valid"}),
+        (2, {"kernel_size": 3, "padding": "same", "dilation_rate": 2}),
+        (4, {"kernel_size": 1, "padding": "same", "groups": 2}),
+        (2, {"kernel_size": 3, "padding": "same", "groups": 2}),
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_kerass(size, options):
+    inputs = np.random.default_rng(0).normal(size=(2, size, size, 8)).astype("float32")
+    ours, theirs = (kind(8, **options) for kind in (rh.Conv2D, keras.layers.Conv2D))
+    ours.build(inputs.shape)
+    theirs.build(inputs.shape)
+    theirs.set_weights(ours.get_weights())
+    np.testing.assert_allclose(ours(inputs), theirs(inputs), atol=1e-5)
+
+
 def test_saved_net_gives_the_same_outputs(tmp_path):
     net = randomize(rh.build_resnet((32, 32, 3), [1] * 4, [4, 6, 8, 10], 3, shortcut="zero_pad"))
     net.save(tmp_path / "net.keras")
@@ -536,9 +555,9 @@ def test_scaled_shortcuts(name, options):
         np.testing.assert_allclose(y, f + 0.25 * x, atol=1e-5)
 
 
-def test_a_batch_norm_without_scale_or_centre_is_kerass():
+def test_other_batch_norms_are_kerass():
     images = np.random.default_rng(0).normal(size=(4, 3, 3, 2)).astype("float32")
-    for options in ({"scale": False}, {"center": False}):
+    for options in ({"scale": False}, {"center": False}, {"axis": 1}):
         ours, keras_own = (kind(**options)(images, training=True) for kind in (
             rh.BatchNormalization, keras.layers.BatchNormalization))
         assert difference(ours, keras_own) == 0

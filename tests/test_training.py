@@ -155,6 +155,12 @@ def test_learning_rate_rises_for_half_an_epoch_and_ends_at_zero():
     )
 
 
+def test_the_loss_of_guessing_is_kept(whole):
+    share = rh.load_data().train_labels.mean()
+    guessing = -share * np.log(share) - (1 - share) * np.log(1 - share)
+    assert whole[1]["environment"]["guessing_loss"] == pytest.approx(guessing)
+
+
 def test_predictions_are_kept_for_every_validation_image(whole):
     labels = rh.load_data().val_labels[: SMALL["val_images"]]
     assert np.mean(predictions(whole[1]) == labels) == pytest.approx(
@@ -448,7 +454,12 @@ def flip_weights(path):
 
 @pytest.mark.parametrize(
     "suffix, damage",
-    [(".json", lambda path: path.write_text("{}")), (".checkpoint.npz", flip_weights)],
+    [
+        (".json", lambda path: path.write_text("{}")),
+        (".checkpoint.npz", flip_weights),
+        (".checkpoint.npz", lambda path: rewrite(path, run="{}")),
+        (".checkpoint.npz", lambda path: rewrite(path, run="no json")),
+    ],
 )
 def test_what_is_damaged_is_found_before_anything_trains(tmp_path, monkeypatch, suffix, damage):
     first, second = tiny(), tiny("plain20")
@@ -478,6 +489,22 @@ def test_a_folder_that_shows_files_late_is_no_error(tmp_path):
         table = rh.train_runs([one], late, tmp_path / "here")
     assert not (tmp_path / "here").exists()
     assert table.loss.tolist() == run["history"]["loss"]
+
+
+def test_a_job_that_has_ended_is_not_cancelled(tmp_path):
+    """A cluster may refuse to cancel a job that it has forgotten."""
+
+    class Job(concurrent.futures.Future):
+        def cancel(self):
+            raise OSError("no such job")
+
+    class Cluster:
+        def submit(self, function, *arguments):
+            job = Job()
+            job.set_result(function(*arguments))
+            return job
+
+    assert len(rh.train_runs([tiny(epochs=1)], Cluster(), tmp_path)) == 1
 
 
 def test_an_executor_that_trains_nothing_is_an_error(tmp_path):
