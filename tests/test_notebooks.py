@@ -813,6 +813,17 @@ def test_the_appendix_tells_the_lesions():
         assert words in markdown_of("appendix_why"), words
 
 
+def test_the_appendix_tells_when_gradients_shatter(capsys):
+    scope = {"np": np}
+    for name in ("slopes", "alike"):
+        exec("".join(cells_of("appendix_why")[name]["source"]), scope)
+    said = capsys.readouterr().out
+    assert said == printed(cells_of("appendix_why")["alike"])
+    book, gain, norm = (float(line.split(": ")[1]) for line in said.splitlines())
+    assert abs(norm) < 0.05 < gain  # "nothing is left"
+    assert f"agree less, {gain:.2f} instead of {book:.2f}" in markdown_of("appendix_why")
+
+
 def zero_gamma(gpu):
     """Mean validation accuracy at 0.001, seeds 0 to 2, in percent: without and with zero gamma."""
     runs = gpu.query("learning_rate == 0.001 and epoch == 15 and epochs == 15")
