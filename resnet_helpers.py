@@ -408,6 +408,7 @@ class Conv2D(layers.Conv2D):
     def _seen(self, inputs, kernel, top, left):
         """The weights of one output pixel: a matrix from all inputs to all filters."""
         # The gradient of a slice is cheaper than that of an index.
+        kernel = ops.convert_to_tensor(kernel)  # JAX slices no Keras variable
         part = ops.slice(kernel, (top, left, 0, 0), (*inputs.shape[1:], self.filters))
         return ops.reshape(part, (-1, self.filters))
 
@@ -1173,4 +1174,5 @@ def _label_ends(axis, epochs):
     lines.sort(key=lambda line: line.get_ydata()[-1])
     for i, line in enumerate(lines):
         axis.annotate(line.get_label(), line.get_xydata()[-1], (4, 0), textcoords="offset points",
-                      color=line.get_color(), va="bottom" if i else "top")
+                      color=line.get_color(), va="bottom" if i else "top",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})

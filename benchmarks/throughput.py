@@ -357,11 +357,12 @@ def main():
         return worker(options.worker, options.nets[0], options.batch)
     if options.avx2:
         os.environ.update(AVX2_ONLY)  # read by libraries that are loaded later
+    import joblib
     import pandas as pd
 
     options.contenders = contenders()
     tables, notes = zip(*[measure(net, options) for net in options.nets])
-    setting = (f"{processor()}, {os.cpu_count()} threads, batch {options.batch}, "
+    setting = (f"{processor()}, {joblib.cpu_count()} threads, batch {options.batch}, "
                f"{options.rounds} rounds of {options.steps} steps, medians.")
     write(pd.concat(tables).set_index("net"), [setting, *notes], options.save)
 
