@@ -275,10 +275,12 @@ def _decode_tfds(name, image_size):
 
 
 def pictures(folder):
-    """The paths of the pictures in a folder's subfolders, one for each class, mixed by a seed."""
-    classes = sorted(path for path in pathlib.Path(folder).glob("[!.]*") if path.is_dir())
-    found = {path.name: sorted(file for file in path.glob("[!.]*")
-                               if file.suffix.lower() in PICTURES) for path in classes}
+    """The pictures in a folder, which has a subfolder for each class, in an order mixed once."""
+    classes = [path for path in pathlib.Path(folder).glob("[!.]*") if path.is_dir()]
+    found = {}
+    for path in sorted(classes, key=os.fspath):  # as text: Windows sorts paths in another order
+        files = [file for file in path.glob("[!.]*") if file.suffix.lower() in PICTURES]
+        found[path.name] = sorted(files, key=os.fspath)
     _require(len(found) >= 2 and all(found.values()),
              f"at least two subfolders of {folder}, each with pictures ({', '.join(PICTURES)}) of "
              "one class", {name: f"{len(files)} pictures" for name, files in found.items()})
@@ -380,8 +382,8 @@ MODELS = {f"{kind}{depth}": depth for depth in DEPTHS for kind in ("plain", "res
 class Conv2D(layers.Conv2D):
     """A convolution that pads alike on all sides (Keras's "same" does so only at stride 1).
 
-    For square kernels of odd size. Where images are small it is a product of matrices: the same to
-    rounding, in less time, and without the weights that see only padding.
+    For square kernels of odd size, equal strides and channels last. Where images are small it is
+    a product of matrices: the same to rounding, faster, without the weights that see only padding.
     """
 
     def convolution_op(self, inputs, kernel):
@@ -426,7 +428,8 @@ class BatchNormalization(layers.BatchNormalization):
 
     def call(self, inputs, training=None, mask=None):
         fused = keras.backend.backend() == "tensorflow" and self.compute_dtype != "float64"
-        fused = fused and self.axis in (-1, 3) and self.center and self.scale
+        fused = fused and self.axis in (-1, 3) and len(inputs.shape) == 4
+        fused = fused and self.center and self.scale
         if not (fused and training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
@@ -630,11 +633,6 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
         "schedule": CHOICES["schedule"][0], "augmentation": CHOICES["augmentation"][0],
         "stem": plan["stem"], "stride_in": "1x1", **NEWER, "shortcut": plan["shortcut"],
         "seed": 0, "profile": profile}
-    if dataset not in SIZES:
-        data = load_data(dataset, changes.get("image_size", 32))
-        SIZES[dataset] = len(data.train_images), len(data.val_images)
-    for key, n in zip(("train_images", "val_images"), SIZES[dataset]):
-        config[key] = n if profile == "full" else min(n, config[key])
     choices = CHOICES
     if model.startswith("plain"):
         config["shortcut"] = "none"
@@ -644,6 +642,12 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
         config[key] = _checked(key, value, config[key], choices.get(key))
     least = STEMS[config["stem"]][2]
     _require(config["image_size"] >= least, f"image_size from {least}", config["image_size"])
+    if dataset not in SIZES:
+        data = load_data(dataset, config["image_size"])
+        SIZES[dataset] = len(data.train_images), len(data.val_images)
+    for key, n in zip(("train_images", "val_images"), SIZES[dataset]):
+        if key not in changes:
+            config[key] = n if profile == "full" else min(n, config[key])
     return config
 
 
@@ -666,7 +670,9 @@ def _checked(key, value, usual, choices):
 def run_path(config, folder=None):
     """Where a run's file lies; its name has every entry that is not the usual one."""
     profile, dataset = config["profile"], config["dataset"]
-    usual = make_config(config["model"], profile, dataset, config["seed"])
+    seed, size = config["seed"], config["image_size"]  # images of 32 pixels may not be here
+    usual = make_config(config["model"], profile, dataset, seed, image_size=size)
+    usual["image_size"] = 32
     parts = [config["model"]]
     if dataset != "cats_vs_dogs":
         parts.append(_short_name(dataset))
@@ -750,7 +756,6 @@ def environment(data):
         "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or joblib.cpu_count()),
         "commit": commit or None, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": len(data.class_names),
-        "guessing_loss": float(scipy.stats.entropy(np.bincount(data.train_labels))),
         "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
         "labels_crc32": zlib.crc32(data.val_labels, zlib.crc32(data.train_labels))}
 
@@ -821,8 +826,9 @@ def _train(config, path, keep_weights, verbose):
     _require(len(data.class_names) <= 256, "at most 256 classes", len(data.class_names))
     val = Batches(data.val_images[:m], data.val_labels[:m], config["batch_size"])
     model = build_from_config(config, len(data.class_names))
+    guessing = {"guessing_loss": float(scipy.stats.entropy(np.bincount(data.train_labels[:n])))}
     run = {"config": config, "status": "training", "history": {key: [] for key in HISTORY},
-           "environment": environment(data)}
+           "environment": environment(data) | guessing}
     if _checkpoint(path).exists():
         run = _restore(_checkpoint(path), run, _state(model))
     while len(run["history"]["loss"]) < config["epochs"] and run["status"] != "diverged":
@@ -855,10 +861,10 @@ def _state(model):
 def _restore(path, run, state):
     """Put network and optimiser back to the last finished epoch; return the run."""
     text, *values = _read_arrays(path, ["run", *map(str, range(len(state)))])
-    saved = json.loads(str(text))
+    saved = _parse_run(str(text), path, ("training", "diverged"))
     before, now = saved["environment"], run["environment"]
     _refuse_another(path, run["config"], saved["config"])
-    _refuse_another(path, {key: now[key] for key in MACHINE}, before)
+    _refuse_another(path, {key: now[key] for key in MACHINE if key in before}, before)
     for variable, value in zip(state, values):
         variable.assign(value)
     print(f"Going on after epoch {len(saved['history']['loss'])} of {run['config']['epochs']}.",
@@ -951,8 +957,10 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
                 jobs[path] = executor.submit(train_run, config, path.parent, keep_weights, False)
             _watch(jobs, tables, show)
         finally:
-            for job in jobs.values():  # those that have not ended
-                job.cancel()
+            for job in jobs.values():
+                if not job.done():
+                    with contextlib.suppress(Exception):  # the others shall be cancelled, too
+                        job.cancel()
     return pd.concat(tables.values(), ignore_index=True)
 
 
@@ -1007,7 +1015,8 @@ def _parse_run(text, path, statuses):
         _require_one_of("status", run["status"], statuses)
         table = _run_table(run, path)
         needed = {*NETWORK, *RECIPE, "learning_rate", "seed"} - {"labels_crc32"}  # that is younger
-        _require(table[sorted(needed)].notna().all(axis=None), "no empty entry", run["config"])
+        empty = [key for key in needed if table[key].isna().any()]
+        _require(len(table) and not empty, "an epoch, and no empty entry", empty)
         _require(len(table) == run["config"]["epochs"] or run["status"] != "finished",
                  f"{run['config']['epochs']} epochs", len(table))
         return run
@@ -1025,13 +1034,13 @@ def read_runs(folder):
 
 def _run_table(run, path):
     history = pd.DataFrame(run["history"], dtype=float)
-    saved = {"classes": 2} | run["environment"]  # the oldest runs are of cats and dogs
-    saved = {"guessing_loss": math.log(saved["classes"])} | saved  # of classes of equal size
-    machine = {key: saved.get(key, math.nan) for key in ("classes", "guessing_loss", *MACHINE)}
+    known = {"classes": 2} | run["environment"]  # the oldest runs are of cats and dogs
+    known = {"guessing_loss": math.log(known["classes"])} | known  # of classes of equal size
+    known = {key: known.get(key, math.nan) for key in ("classes", "guessing_loss", *MACHINE)}
     # All columns at once: one by one they take four times as long.
     return pd.DataFrame({
         **history, "file": pathlib.Path(path).name, "status": run["status"],
-        "epoch": range(1, len(history) + 1), **run["config"], **machine})
+        "epoch": range(1, len(history) + 1), **run["config"], **known})
 
 
 def network_name(row):
@@ -1073,9 +1082,9 @@ def compare(plain, residual, metric="val_accuracy"):
     """Residual minus plain after equal epochs, from the `last_epochs` of two networks, as a dict.
 
     Means over seeds, standard deviations, numbers of seeds and of runs that hardly learned (their
-    training loss is not below 98% of guessing's: the shares of the classes, whatever the image),
-    and the ends of the difference's 95% confidence interval (Welch's, which needs two seeds of
-    each). NaN: a run diverged.
+    training loss is not below 98% of that of guessing by the shares of the classes), and the ends
+    of the difference's 95% confidence interval (Welch's, for two seeds or more of each). NaN: a run
+    diverged.
     """
     _require_one_of("metric", metric, HISTORY)
     row = {}

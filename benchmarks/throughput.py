@@ -324,7 +324,7 @@ def measure(net, options):
         rows.append({
             "net": rh.display_name(net), "contender": name,
             "images per second": round(options.batch / median),
-            "this project is faster by": f"{ratio:.2f}",
+            "this project / contender": f"{ratio:.2f}",
             "share of peak": f"{work / median / peak:.0%}",
             "peak memory, GB": f"{memory[name]:.1f}"})
     peak_note = f"Peak of the processor: {peak:.0f} x 10^9 operations a second, in float32."
