@@ -293,16 +293,21 @@ def forget_the_data_set(places):
 
 def test_a_decoded_data_set_is_trained_without_cats(gray, places):
     """In a process of its own, as notebooks train: nothing is asked for, nothing is downloaded."""
-    rh.load_data(gray)
+    for size in (16, "16", 16.5, -1):  # refused before anything is decoded
+        with pytest.raises(ValueError, match="image_size"):
+            rh.make_config("resnet34", "test", gray, image_size=size)
+    assert not list((places / "cache").glob("*.npz"))
+    rh.load_data(gray, 16)
     forget_the_data_set(places)
-    configs = [rh.make_config("resnet20", "test", gray, epochs=1, train_images=8, val_images=8)]
-    seen = []
+    sizes = {"epochs": 1, "train_images": 8, "val_images": 8, "image_size": 16}
+    configs, seen = [rh.make_config("resnet20", "test", gray, **sizes)], []
+    assert "image_size_16" in rh.run_path(configs[0]).name
     runs = rh.train_runs(configs, show=seen.append)
     assert set(runs.dataset) == {gray} and set(runs.classes) == {3}
     assert seen and set(seen[-1].dataset) == {gray}
     assert not list((places / "tfds").rglob("*"))
     assert [path.name for path in (places / "cache").glob("*.npz")] == [
-        path.name for path in (places / "cache").glob("gray_things-*.npz")]
+        path.name for path in (places / "cache").glob("gray_things-16px-*.npz")]
 
 
 LOAD = """

@@ -544,6 +544,14 @@ def test_a_run_with_a_wrong_or_missing_entry_is_named(tmp_path, part, entry, val
         rh.read_runs(tmp_path)
 
 
+def test_a_run_without_an_epoch_is_named(tmp_path):
+    """It would vanish from a table that has a row per epoch."""
+    run = made_run("resnet34", status="diverged")
+    run["history"] = {key: [] for key in rh.HISTORY}
+    with pytest.raises(ValueError, match="resnet34-test-seed0.json is damaged or another file"):
+        save(tmp_path, run)
+
+
 def test_an_unknown_metric_is_named(tmp_path):
     runs = save(tmp_path, made_run("plain34"), made_run("resnet34"))
     with pytest.raises(ValueError, match="metric out of loss, .*'val_acc'"):

@@ -303,6 +303,18 @@ def test_another_number_of_threads_goes_on_and_is_told(whole, checkpoint, tmp_pa
     assert outcome(run) == outcome(whole[1])
 
 
+def test_an_older_checkpoint_goes_on(whole, checkpoint, tmp_path):
+    """From before some entries were there; they have their usual values."""
+    path = tmp_path / checkpoint.name
+    path.write_bytes(checkpoint.read_bytes())
+    with np.load(path) as file:
+        run = json.loads(str(file["run"]))
+    for part, keys in (("config", rh.NEWER), ("environment", ("labels_crc32",))):
+        run[part] = {key: value for key, value in run[part].items() if key not in keys}
+    rewrite(path, run=json.dumps(run))
+    assert outcome(rh.train_run(config(), tmp_path)) == outcome(whole[1])
+
+
 def fail(reason):
     raise ValueError(f"no {reason} allowed")
 
@@ -494,17 +506,27 @@ def test_a_folder_that_shows_files_late_is_no_error(tmp_path):
 def test_a_job_that_has_ended_is_not_cancelled(tmp_path):
     """A cluster may refuse to cancel a job that it has forgotten."""
 
+    cancelled = []
+
     class Job(concurrent.futures.Future):
         def cancel(self):
+            cancelled.append(self)
             raise OSError("no such job")
 
     class Cluster:
-        def submit(self, function, *arguments):
+        def submit(self, function, config, *rest):
             job = Job()
-            job.set_result(function(*arguments))
+            if config["seed"] == 0:
+                job.set_result(function(config, *rest))
+            if config["seed"] == 1:
+                job.set_exception(ZeroDivisionError("the run's own failure"))
             return job
 
-    assert len(rh.train_runs([tiny(epochs=1)], Cluster(), tmp_path)) == 1
+    assert len(rh.train_runs([tiny(epochs=1)], Cluster(), tmp_path)) == 1 and not cancelled
+    configs = [tiny(epochs=1, seed=seed) for seed in (0, 1, 2, 3)]
+    with pytest.raises(ZeroDivisionError):
+        rh.train_runs(configs, Cluster(), tmp_path)
+    assert len(cancelled) == 2  # both that wait, although the first refuses
 
 
 def test_an_executor_that_trains_nothing_is_an_error(tmp_path):
