@@ -983,7 +983,8 @@ def test_solutions_are_right_by_the_checks_of_notebook_2(capsys):
     check_exercises("02_models", given, answers, wrong, capsys)
 
 
-def test_solutions_are_right_by_the_checks_of_notebook_3(capsys):
+def test_solutions_are_right_by_the_checks_of_notebook_3(capsys, monkeypatch):
+    monkeypatch.setattr(rh, "read_runs", functools.cache(rh.read_runs))  # time
     data = types.SimpleNamespace(class_names=["cat", "dog"])
     images = np.random.default_rng(0).random((64, 32, 32, 3), dtype="float32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -997,6 +998,7 @@ def test_solutions_are_right_by_the_checks_of_notebook_3(capsys):
 
 def test_solutions_are_right_by_the_checks_of_notebook_4(capsys, monkeypatch):
     """On the notebook's own sets, made by its cells."""
+    monkeypatch.setattr(rh, "read_runs", functools.cache(rh.read_runs))  # time
     given = sets_of_notebook_4(monkeypatch)
     answers = solved("ablation")
     wrong = {"lower_loss": [18], "interval": [13.0, 25.0], "how_many": 2}
