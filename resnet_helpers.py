@@ -409,8 +409,8 @@ class Conv2D(layers.Conv2D):
 
     def _seen(self, inputs, kernel, top, left):
         """The weights of one output pixel: a matrix from all inputs to all filters."""
-        # The gradient of a slice is cheaper than that of an index.
         kernel = ops.convert_to_tensor(kernel)  # JAX slices no Keras variable
+        # The gradient of a slice is cheaper than that of an index.
         part = ops.slice(kernel, (top, left, 0, 0), (*inputs.shape[1:], self.filters))
         return ops.reshape(part, (-1, self.filters))
 
@@ -428,9 +428,8 @@ class BatchNormalization(layers.BatchNormalization):
 
     def call(self, inputs, training=None, mask=None):
         fused = keras.backend.backend() == "tensorflow" and self.compute_dtype != "float64"
-        fused = fused and self.axis in (-1, 3) and len(inputs.shape) == 4
-        fused = fused and self.center and self.scale
-        if not (fused and training and self.trainable):
+        usual = self.axis in (-1, 3) and len(inputs.shape) == 4 and self.center and self.scale
+        if not (fused and usual and training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
         import tensorflow as tf
 
@@ -1034,13 +1033,14 @@ def read_runs(folder):
 
 def _run_table(run, path):
     history = pd.DataFrame(run["history"], dtype=float)
-    known = {"classes": 2} | run["environment"]  # the oldest runs are of cats and dogs
-    known = {"guessing_loss": math.log(known["classes"])} | known  # of classes of equal size
-    known = {key: known.get(key, math.nan) for key in ("classes", "guessing_loss", *MACHINE)}
+    saved = run["environment"]
+    classes = saved.get("classes", 2)  # the oldest runs are of cats and dogs,
+    guessing = saved.get("guessing_loss", math.log(classes))  # and of classes of equal size
+    machine = {key: saved.get(key, math.nan) for key in MACHINE}
     # All columns at once: one by one they take four times as long.
     return pd.DataFrame({
-        **history, "file": pathlib.Path(path).name, "status": run["status"],
-        "epoch": range(1, len(history) + 1), **run["config"], **known})
+        **history, "file": pathlib.Path(path).name, "status": run["status"], "classes": classes,
+        "guessing_loss": guessing, "epoch": range(1, len(history) + 1), **run["config"], **machine})
 
 
 def network_name(row):
