@@ -779,7 +779,6 @@ def rises(dose):
     return all(b[1] > a[1] for a in points for b in points if b[0] - a[0] >= 0.1)
 
 
-
 def test_the_appendix_judges_the_predictions():
     """Each as it was written down: by means over three seeds, 5 and 6 so far by seed 0."""
     text, means = markdown_of("appendix_why"), starts()
@@ -1055,7 +1054,7 @@ def test_readme_tells_the_finding_and_the_why():
     drops = [own[kind].iloc[0] - own[kind].iloc[-1] for kind in ("plain", "residual")]
     say = ["from 18 to 50 layers (and to bottlenecks) costs {:.1f} points of validation accuracy "
            "without shortcuts and {:.1f} with them".format(*drops)
-           + f"; in those for 32x32 images, from 20 to 56 layers, {plain:.1f} and "
+           + f"; in networks for 32x32 images, from 20 to 56 layers, {plain:.1f} and "
            f"{residual:.1f}"]
     assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
                for runs in (main, small))  # "training accuracy falls with depth, too"
