@@ -691,6 +691,20 @@ def percents(row):
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*numbers)
 
 
+def percents_of(model, rate, start):
+    """The accuracies of `runs_of` in percent."""
+    return 100 * runs_of(model, rate, start).val_accuracy.to_numpy()
+
+
+def difference(*groups):
+    """First minus second, minus third plus fourth if given, with Welch's 95% interval."""
+    parts = [np.var(group, ddof=1) / len(group) for group in groups]
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(g) - 1) for p, g in zip(parts, groups))
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+    mean = sum(sign * group.mean() for sign, group in zip((1, -1, -1, 1), groups))
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
 def test_the_appendix_tells_the_test():
     text, means, say = markdown_of("appendix_why"), starts(), []
     he, mirrored, zero = (wired(start) for start in ("he", "mirrored", "zero gamma"))
@@ -706,9 +720,11 @@ def test_the_appendix_tells_the_test():
              for depth, rate in WIRED.items()]
     say += ["The first two gains are decided, {} and {} points. The third, {}, is not".format(
         *gains)]
-    own, same = means.percent["plain34", "he", 0.003], he["plain34"]
+    own = means.percent["plain34", "he", 0.003]
     say += [f"at 0.003 they reach {own:.1f} and {means.percent['plain50', 'he', 0.003]:.1f}% from",
-            f"gives plain-34 {own - same:.1f} of its {mirrored['plain34'] - same:.1f} points"]
+            "the mirrored start still gains {} and {} points".format(*(
+                difference(percents_of(f"plain{depth}", 0.001, "mirrored"),
+                           percents_of(f"plain{depth}", 0.003, "he")) for depth in (34, 50)))]
     say += [f"plain-56 ends at {means.each['plain56', 'mirrored', 0.003]}% with its three seeds"]
     before, after, tables = leads("he"), leads("mirrored"), []
     for depth, rate in WIRED.items():
@@ -719,14 +735,14 @@ def test_the_appendix_tells_the_test():
     np.testing.assert_allclose([100 * row["difference"] for row in tables], after)
     assert all(a < b for a, b in zip(after, before))
     assert all(row["low"] < 0 for row in tables)  # "all three are undecided"
-    level = rh.compare(runs_of("plain34", 0.001, "mirrored"), runs_of("resnet34", 0.001, "he"))
-    assert level["low"] < 0 < level["high"]  # "level with", "undecided"
-    assert 0 < he["resnet50"] - mirrored["plain50"] < 2.5  # "nearly to ResNet-50"
-    say += [f"its usual start ({he['resnet34']:.1f}%; the difference is undecided), and plain-50 "
-            f"nearly to that of ResNet-50 ({he['resnet50']:.1f}%)"]
+    level = [difference(percents_of(f"plain{depth}", 0.001, "mirrored"),
+                        percents_of(f"resnet{depth}", 0.001, "he")) for depth in (34, 50)]
+    assert all("[-" in words and ", +" in words for words in level)  # "both undecided"
+    say += ["with its usual start by {} points, and plain-50 from ResNet-50 by {}: both".format(
+        *level)]
     lifted = [f"{he[f'plain{depth}']:.1f} to {mirrored[f'plain{depth}']:.1f}" for depth in WIRED]
-    say += [f"lift plain-34 from {lifted[0]}%, level with ResNet-34 from its usual start "
-            f"({he['resnet34']:.1f}), plain-50 from {lifted[1]} and plain-56 from {lifted[2]}",
+    say += [f"lift plain-34 from {lifted[0]}% (ResNet-34 has {he['resnet34']:.1f} from its usual "
+            f"start), plain-50 from {lifted[1]} and plain-56 from {lifted[2]}",
             "is {:+.1f}, {:+.1f} and {:+.1f} points at 34, 50 and 56 layers, instead of "
             "{:+.1f}, {:+.1f} and {:+.1f}".format(*after, *before)]
     for words in say:
@@ -789,6 +805,10 @@ def test_the_appendix_judges_the_predictions():
                    for name, rate in (("resnet50", 0.001), ("resnet56", 0.003)))
     gains = [[percent[f"{kind}{depth}", "mirrored", rate] - percent[f"{kind}{depth}", "he", rate]
               for kind in ("plain", "resnet")] for depth, rate in WIRED.items()]
+    more = [difference(*(percents_of(f"{kind}{depth}", rate, start)
+                         for kind in ("plain", "resnet") for start in ("mirrored", "he")))
+            for depth, rate in WIRED.items()]
+    assert ["[-" in words for words in more] == [False, True, True]  # "at 34 layers alone"
     verdict = {True: "a hit", False: "a miss"}
     deep = percent["plain56", "mirrored", 0.003], percent["plain50", "mirrored", 0.001]
     say = [f"(0.003): {deep[0]:.1f}, {verdict[deep[0] >= 80]}.",
@@ -804,7 +824,8 @@ def test_the_appendix_judges_the_predictions():
            "{:+.1f} against {:+.1f} at 34, ".format(*gains[0]),
            "{:+.1f} against {:+.1f} at 50 and ".format(*gains[1]),
            "{:+.1f} against {:+.1f} at 56 layers, ".format(*gains[2])
-           + verdict[all(plain > residual for plain, residual in gains)],
+           + verdict[all(plain > residual for plain, residual in gains)]
+           + f". (The difference between the two gains is decided at 34 layers alone, {more[0]}.)",
            f"with zero gamma ResNet-50 gains {fifty[1] - fifty[2]:.1f} points (three seeds)"]
     middle = {True: "In between, as written down", False: "Below 70, as written down"}
     say += [middle[deep[0] >= 70]] if deep[0] < 80 else []
@@ -824,6 +845,9 @@ def test_the_appendix_judges_the_predictions():
             "from {:.1f} to {:.1f}% with a share of 0.5 and to {:.1f}% with 0.7, and no further: "
             "{:.1f}, {:.1f} and {:.1f}%".format(*shares.accuracy),
             f"ends {scales.accuracy[0.5] - shares.accuracy[0]:.1f} points ahead"]
+    grown = [(scales.growth[a], shares.growth[share]) for a, share in SAME_MEASURE]
+    say += ["growth, too (" + ", ".join("{:.2f} and {:.2f}".format(*pair) for pair in grown) + ";",
+            f"(Their growth differs a little, {scales.growth[0.5]:.2f} and {shares.growth[0]:.2f}"]
     assert abs(scales.measure[0.5] - 0.05) < 0.005 and abs(shares.measure[0]) < 0.005
     for words in say:
         assert words in text, words
@@ -836,13 +860,16 @@ def test_the_appendix_tells_the_lesions():
     cheap = (lost.resnet56 < 1).sum()
     assert cheap == 15 and (lost.resnet56[:9] >= 1).all()  # "the nine that cost more are the first"
     mirrored = lost.plain56_mirrored
-    assert (mirrored < 1).sum() == 1  # "only 1 of 24 units costs less than a point"
+    low = (taken.drop("whole") < 55).sum()
+    assert (mirrored < 1).sum() == 1  # "only 1 of 24 costs less than a point"
+    assert abs(taken.drop("whole")[["plain56", "plain56_mirrored"]].median() - 52).max() < 1
     say = [f"{cheap} of 24 units cost less than a point. The nine that cost more, up to "
            f"{lost.resnet56.max():.1f} points",
            f"the median loss is {lost.plain56.median():.1f} points",
-           "without any one of {} of its 24 units".format((taken.drop("whole").plain56 < 55).sum()),
-           f"({taken.plain56_mirrored['whole']:.1f}% of these images): the median loss is "
-           f"{mirrored.median():.1f} points"]
+           f"without any one of {low.plain56} of its 24 units",
+           f"({taken.plain56_mirrored['whole']:.1f}% of these images) and falls as low: below 55% "
+           f"without any one of {low.plain56_mirrored} units",
+           f"(Its median loss, {mirrored.median():.1f} points"]
     for words in say:
         assert words in markdown_of("appendix_why"), words
 
@@ -865,7 +892,7 @@ def test_the_appendix_tells_the_growth():
     times = {name: float(x.replace(",", "")) for name, x in re.findall(r"(\S+): ([\d.,]+)", said)}
     assert min(times.values()) > 1 and len(times) == 8  # "no gradient vanishes"
     power = int(np.log10(times["plain-152"]))
-    assert f"in plain-152 they grow more than 10^{power}-fold" in markdown_of("appendix_why")
+    assert f"in plain-152 gradients grow more than 10^{power}-fold" in markdown_of("appendix_why")
 
 
 def zero_gamma(gpu):
