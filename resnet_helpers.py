@@ -23,10 +23,11 @@ import time
 import types
 import zlib
 
-# Read when TensorFlow is loaded: fast convolutions, few messages, GPU memory as needed.
+# Read when a backend is loaded: fast convolutions, few messages, GPU memory as needed.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX
 
 import filelock
 import joblib
@@ -129,9 +130,9 @@ def _replace(partial, path):
 def _read_arrays(path, names=None):
     """The arrays of these names, or all, in a file of np.savez; a damaged file is named."""
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:  # alone it leaves files open
+        with open(path, "rb") as opened, np.load(opened) as file:  # np.load(path) may leave it open
             return [file[name] for name in names or file.files]
-    except (MemoryError, PermissionError):  # not the file's fault
+    except (MemoryError, PermissionError, FileNotFoundError):  # not the file's fault
         raise
     except Exception as error:  # a damaged zip can raise anything
         raise ValueError(f"{path} is damaged or another file ({error!r}). Move it away.") from error
@@ -158,12 +159,12 @@ def prepare_dataset(profile=None, name=None, image_size=32):
     profiles but "full" fall back to handwritten digits, unless a data set was asked for. Other
     failures raise RuntimeError, names that nobody knows ValueError.
     """
-    import tensorflow_datasets as tfds
-
     asked_for = name or os.environ.get("RESNET_DATASET")
     name = get_dataset(name)
     if _decoded_path(name, image_size):
         return name
+    import tensorflow_datasets as tfds
+
     known = [DIGITS, *tfds.list_builders(with_community_datasets=False)]
     _require(name.split("/")[0] in known, "a data set that TensorFlow Datasets knows, or the whole "
              "path of a folder with a subfolder of pictures for each class", repr(name))
@@ -177,8 +178,8 @@ def prepare_dataset(profile=None, name=None, image_size=32):
         offline = isinstance(error, requests.exceptions.RequestException)
         if asked_for or get_profile(profile) == "full" or not offline:
             raise RuntimeError(
-                f"Preparing {name} in {data_dir()} failed ({error!s:.99}). Try again online, set "
-                "TFDS_DATA_DIR to a folder with it, or RESNET_PROFILE=quick.") from error
+                f"Preparing {name} in {data_dir()} failed ({error!s:.99}). Without a network set "
+                "TFDS_DATA_DIR to a folder with it, or RESNET_PROFILE=quick alone.") from error
         print(f"!!! NO CATS, NO DOGS ({error!s:.99}). Handwritten digits ({DIGITS}) instead.")
         return prepare_dataset(profile, DIGITS, image_size)
 
@@ -306,8 +307,7 @@ def _decode_folder(folder, image_size):
     files = pictures(folder)
     images = np.empty((len(files), image_size, image_size, 3), "uint8")
     for i, file in enumerate(files):
-        size = (image_size, image_size)
-        images[i] = read_picture(file).resize(size, Image.Resampling.BILINEAR)
+        images[i] = read_picture(file).resize((image_size,) * 2, Image.Resampling.BILINEAR)
     classes, labels = np.unique([file.parent.name for file in files], return_inverse=True)
     n = 7 * len(files) // 10
     return Data(classes, images[:n], labels[:n], images[n:], labels[n:])
@@ -436,7 +436,7 @@ class BatchNormalization(layers.BatchNormalization):
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
             inputs, self.gamma.value, self.beta.value, epsilon=self.epsilon)
         count = ops.cast(tf.size(inputs) / inputs.shape[-1], variance.dtype)
-        variance = variance * (count - 1) / count  # the unbiased one came, Keras keeps the other
+        variance = variance * (count - 1) / count  # TensorFlow's is unbiased, Keras's is not
         for moving, now in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(moving * self.momentum + now * (1 - self.momentum))
         return outputs
@@ -574,7 +574,7 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed, mirrored=mirrored)
     x = layers.Activation("relu", name="conv1_relu")(x)
     if stem == "imagenet":
-        x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # harmless after a ReLU
+        x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # after a ReLU no 0 exceeds a maximum
         x = layers.MaxPooling2D(3, strides=2, name="pool1_pool")(x)
     for block_num, (num_units, width) in enumerate(zip(units_per_block, channels), start=2):
         kernel_sizes = (1, 3, 1) if bottleneck else (3, 3)
@@ -612,7 +612,7 @@ CHOICES = {
 NO_SHORTCUTS = {"shortcut": ("none",), "zero_gamma": (False,), "shortcut_scale": (1.0,)}
 HISTORY = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")  # one number per epoch each
 MACHINE = ("backend", "device", "images_crc32", "labels_crc32")  # what stays through a run
-NEWER = {"zero_gamma": False, "mirrored": 0.0, "shortcut_scale": 1.0}  # than the oldest runs
+NEWER = {"zero_gamma": False, "mirrored": 0.0, "shortcut_scale": 1.0}  # the oldest runs lack these
 # Networks that are compared may differ in NETWORK and in the learning rate, but not in RECIPE.
 NETWORK = ["model", "stem", "stride_in", "shortcut", "zero_gamma", "mirrored", "shortcut_scale"]
 RECIPE = ["dataset", "image_size", "batch_size", "train_images", "val_images", "epochs",
@@ -625,12 +625,12 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
     A profile takes no more images than a data set has; "full" takes all.
     """
     profile, dataset = get_profile(profile), get_dataset(dataset)
-    plan = DEPTHS[MODELS[_require_one_of("model", model, MODELS)]]
+    design = DEPTHS[MODELS[_require_one_of("model", model, MODELS)]]
     config = {
         "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64,
         **PROFILES[profile], "optimizer": "adam", "learning_rate": 0.001,
         "schedule": CHOICES["schedule"][0], "augmentation": CHOICES["augmentation"][0],
-        "stem": plan["stem"], "stride_in": "1x1", **NEWER, "shortcut": plan["shortcut"],
+        "stem": design["stem"], "stride_in": "1x1", **NEWER, "shortcut": design["shortcut"],
         "seed": 0, "profile": profile}
     choices = CHOICES
     if model.startswith("plain"):
@@ -647,6 +647,7 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
     for key, n in zip(("train_images", "val_images"), SIZES[dataset]):
         if key not in changes:
             config[key] = n if profile == "full" else min(n, config[key])
+        _require(config[key] <= n, f"{key} up to {n}", config[key])
     return config
 
 
@@ -656,22 +657,23 @@ def _checked(key, value, usual, choices):
     if choices:
         return kind(_require_one_of(key, value, choices))
     least = {"seed": 0, "mirrored": 0, "shortcut_scale": 0, "learning_rate": 1e-9}.get(key, 1)
-    most = 1 if key == "mirrored" else math.inf
+    most = {"mirrored": 1, "seed": 2**32 - 1}.get(key, math.inf)
     try:
         number = kind(str(value))  # np.float32(0.003) to 0.003
     except ValueError:
         number = math.nan
     _require(least <= number <= most and math.isfinite(number) and not isinstance(value, str),
-             f"{key}, {kind.__name__} from {least} to {most:g}", repr(value))
+             f"{key}, {kind.__name__} from {least} to {most}", repr(value))
     return number
 
 
 def run_path(config, folder=None):
     """Where a run's file lies; its name has every entry that is not the usual one."""
     profile, dataset = config["profile"], config["dataset"]
-    seed, size = config["seed"], config["image_size"]  # images of 32 pixels may not be here
-    usual = make_config(config["model"], profile, dataset, seed, image_size=size)
-    usual["image_size"] = 32
+    # The usual run on the same images: others may not be here to be counted.
+    own = {key: config[key] for key in ("seed", "image_size", "stem")}
+    usual = make_config(config["model"], profile, dataset, **own)
+    usual |= {"image_size": 32, "stem": DEPTHS[MODELS[config["model"]]]["stem"]}
     parts = [config["model"]]
     if dataset != "cats_vs_dogs":
         parts.append(_short_name(dataset))
@@ -714,12 +716,12 @@ def build_from_config(config, num_classes):
     options = {key: config[key] for key in (*NETWORK[1:], "seed") if config[key] != "none"}
     size = config["image_size"]
     model = create_model(config["model"], (size, size, 3), num_classes, **options)
+    on_tensorflow = keras.backend.backend() == "tensorflow"
     if config["optimizer"] == "sgd":
         optimizer = keras.optimizers.SGD(learning_rate(config), momentum=0.9)
-    else:
-        optimizer = Adam(learning_rate(config))
-    # XLA is slow on TensorFlow's CPU.
-    slow = keras.backend.backend() == "tensorflow" and _device().startswith("CPU")
+    else:  # with PyTorch Keras's own is the faster one
+        optimizer = (Adam if on_tensorflow else keras.optimizers.Adam)(learning_rate(config))
+    slow = on_tensorflow and _device().startswith("CPU")  # for XLA
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                   metrics=["accuracy"], jit_compile=False if slow else "auto")
     # Metrics made in the first step would have TensorFlow trace it twice.
@@ -747,12 +749,13 @@ def environment(data):
     """What is saved with a run: versions, device, threads, start, checksums of the images."""
     backend = keras.backend.backend()
     # Through a shell: a missing git is no error.
+    share = os.environ.get("TF_NUM_INTRAOP_THREADS") if backend == "tensorflow" else None
     commit = subprocess.run("git rev-parse --verify HEAD", shell=True, capture_output=True,
                             text=True, cwd=COMMITTED.parent).stdout.strip()
     return {
         "python": platform.python_version(), "keras": keras.__version__, "backend": backend,
         backend: sys.modules[backend].__version__, "numpy": np.__version__, "device": _device(),
-        "threads": int(os.environ.get("TF_NUM_INTRAOP_THREADS") or joblib.cpu_count()),
+        "threads": int(share or joblib.cpu_count()),
         "commit": commit or None, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "classes": len(data.class_names),
         "images_crc32": zlib.crc32(data.val_images, zlib.crc32(data.train_images)),
@@ -788,7 +791,6 @@ def _saved_run(path):
     if _checkpoint(path).exists():
         text = str(_read_arrays(_checkpoint(path), ["run"])[0])
         return _parse_run(text, _checkpoint(path), ("training", "diverged"))
-    return None
 
 
 def _check_saved(path, config, keep_weights):
@@ -888,7 +890,8 @@ def _finish(path, run, model, val, keep_weights):
 
 def _epoch_line(table, i=-1):
     row = table.iloc[i]
-    minutes = (row.epochs - row.epoch) * table.seconds.median() / 60
+    left = 0 if row.status == "diverged" else row.epochs - row.epoch
+    minutes = left * table.seconds.median() / 60
     return (f"{network_name(row)}, seed {row.seed}, epoch {row.epoch}/{row.epochs}: "
             f"loss {row.loss:.3f}, accuracy {row.accuracy:.1%}, "
             f"validation {row.val_accuracy:.1%}, {row.seconds:.0f} s, {minutes:.1f} min left")
@@ -898,7 +901,7 @@ def _epoch_line(table, i=-1):
 def process_pool(workers=1):
     """An executor that trains each run in a process of its own, `workers` of them at a time.
 
-    They share the cores. When the `with` block or this process ends, so do they, at once.
+    When the `with` block or this process ends, so do they. With TensorFlow they share the cores.
     """
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     threads = max(1, joblib.cpu_count() // workers)
@@ -934,9 +937,10 @@ def _start_process(read_end, threads):
 def train_runs(configs, executor=None, folder=None, keep_weights=False, show=None):
     """Train the runs that are not there yet; return all, as `read_runs` does.
 
-    Prints a line per epoch. The first failure ends all; finished epochs are kept. `executor` is
-    anything with `submit`: a `process_pool` (of one, by default), or a cluster (Dask, submitit)
-    that sees the same folder. `show` is called with all epochs so far whenever one has ended.
+    Prints a line per epoch. The first failure ends all (what has begun on a cluster may go on), and
+    finished epochs are kept. `executor` is anything with `submit`: a `process_pool` (of one, by
+    default), or a cluster (Dask, submitit) that sees the same folder. `show` is called with all
+    epochs so far whenever one has ended.
     """
     configs = list(configs)
     paths = [run_path(config, folder) for config in configs]
@@ -1061,7 +1065,7 @@ def last_epochs(runs):
     the machine, have not ended, a network has several learning rates, or a seed is there twice.
     """
     for key in RECIPE:
-        files = runs.groupby(key).file.unique()  # NaN, older than a checksum, is left out
+        files = runs.groupby(key).file.unique()  # without NaN: runs older than the checksum
         if len(files) > 1:
             some = {value: list(names[:3]) for value, names in files.items()}
             raise ValueError(f"These runs cannot be compared: they differ in {key} ({some}).")
@@ -1083,8 +1087,8 @@ def compare(plain, residual, metric="val_accuracy"):
 
     Means over seeds, standard deviations, numbers of seeds and of runs that hardly learned (their
     training loss is not below 98% of that of guessing by the shares of the classes), and the ends
-    of the difference's 95% confidence interval (Welch's, for two seeds or more of each). NaN: a run
-    diverged.
+    of the difference's 95% confidence interval (Welch's). NaN: a run diverged, or, for the
+    interval, there is only one seed.
     """
     _require_one_of("metric", metric, HISTORY)
     row = {}
@@ -1104,8 +1108,7 @@ def ablation_table(runs, metric="val_accuracy"):
 
     The twins have the same depth and start. Raises ValueError for what cannot be compared.
     """
-    last = last_epochs(runs)
-    last = last.assign(layers=last.model.map(MODELS))
+    last = last_epochs(runs).assign(layers=lambda last: last.model.map(MODELS))
     twins = ["layers", "stem", "stride_in", "mirrored"]
     is_plain = last.model.str.startswith("plain")
     plain = {twin: part for twin, part in last[is_plain].groupby(twins)}
@@ -1113,7 +1116,7 @@ def ablation_table(runs, metric="val_accuracy"):
     for _, residual in last[~is_plain].groupby(["layers", *NETWORK]):
         row = residual.iloc[0]
         twin = tuple(row[twins])
-        _require(twin in plain, f"runs of plain{row.layers} beside {row.model}", row.file)
+        _require(twin in plain, f"plain{row.layers}, equal in {', '.join(twins[1:])}", row.file)
         used.add(twin)
         name = network_name(row).replace(display_name(row.model), f"{row.layers} layers")
         rows[name] = compare(plain[twin], residual, metric)

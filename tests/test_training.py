@@ -339,8 +339,9 @@ def test_divergence_is_recorded(whole, tmp_path, monkeypatch):
     assert table.residual.item() == f"{100 * whole[1]['history']['val_accuracy'][-1]:.1f}"
 
 
-def test_a_learning_rate_that_is_too_high_diverges(tmp_path):
+def test_a_learning_rate_that_is_too_high_diverges(tmp_path, capsys):
     assert rh.train_run(config(learning_rate=1e30), tmp_path)["status"] == "diverged"
+    assert "0.0 min left" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_finished_run_is_loaded_and_nothing_is_deleted(whole, tmp_path, monkeypatch):
@@ -835,7 +836,7 @@ def test_other_backends_agree_and_train_without_tensorflow(tmp_path, backend):
     printed = finish(
         start(
             tmp_path / "results",
-            {"epochs": 1, "train_images": 16, "val_images": 16, "batch_size": 16},
+            {"epochs": 2, "train_images": 16, "val_images": 16, "batch_size": 16},  # 2 steps
             env={"KERAS_BACKEND": backend},
             weights=str(weights),
             without=["tensorflow", "tensorflow_datasets"],
