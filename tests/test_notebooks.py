@@ -349,7 +349,7 @@ def test_notebook_4_tells_the_curves_and_the_paper():
            f"by {deep[1]:.1f} and {deep[15]:.1f}."]
     behind = [means.loss[f"resnet{depth}"] > means.loss[f"plain{depth}"] for depth in (34, 50)]
     assert all(each[1] and not each[2:].any() for each in behind)  # "from the second epoch on"
-    say += ["begins higher, at {:.3f} against {:.3f} with 34".format(
+    say += ["begins higher, with 34 layers at {:.3f} against {:.3f},".format(
         *means.loss.loc[1, ["resnet34", "plain34"]])]
     pair = every_run().query("model == 'resnet34' and learning_rate == 0.003 and seed < 3")
     ended = 100 * pair[pair.epoch == 15].set_index("seed").val_accuracy
@@ -410,6 +410,11 @@ def test_notebook_4_tells_the_rates():
     assert re.findall(r"[+-]\d+\.\d", shown) == [
         f"{gap:+.1f}" for depth in (18, 34, 50)
         for gap in (*gaps[depth], table.difference[f"{depth} layers"])]
+    (shown,) = cells_of("04_ablation")["costs"]["outputs"]
+    own = [table[kind].iloc[-1] - table[kind].iloc[0] for kind in ("plain", "residual")]
+    costs = [accuracy[f"{kind}50"] - accuracy[f"{kind}18"] for kind in ("plain", "resnet")]
+    assert re.findall(r"[+-]\d+\.\d", "".join(shown["data"]["text/plain"])) == [
+        f"{cost:+.1f}" for at_rates, at_own in zip(costs, own) for cost in (*at_rates, at_own)]
     losses = tried.loss["mean"].resnet34
     say += [f"ResNet-34's are {listed(losses, '{:.3f}')} at {listed(losses.index, '{:g}')}"]
     common = 100 * rh.ablation_table(committed_runs())
@@ -509,9 +514,13 @@ def test_notebook_4_tells_the_images():
     b, c = shares[34]
     chance = 1.96 * np.sqrt((b + c - (b - c) ** 2) / len(data.val_labels))
     text = markdown_of("04_ablation")
-    for words in (f"disagree on {b + c:.1%} of the images", f"on {b:.1%} only ResNet-34 is right, "
+    seeds = [np.mean([right[model, a] != right[model, b] for a, b in ((0, 1), (0, 2), (1, 2))])
+             for model in ("plain34", "resnet34")]
+    assert b + c < min(seeds)  # "no more than two seeds"
+    for words in ("({:.1%} in plain-34, {:.1%} in ResNet-34)".format(*seeds),
+                  f"disagree on {b + c:.1%} of the images", f"on {b:.1%} only ResNet-34 is right, "
                   f"on {c:.1%} only plain-34", "lopsided: {:.1%} against {:.1%}".format(
-                      *shares[50]), f"about ±{100 * chance:.1f} points more at 34 layers"):
+                      *shares[50]), f"about ±{100 * chance:.1f} points at 34 layers"):
         assert words in text, words
 
 
