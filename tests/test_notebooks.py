@@ -1100,19 +1100,21 @@ def test_readme_tells_the_finding_and_the_why():
            f"{residual:.1f}"]
     assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
                for runs in (main, small))  # "training accuracy falls with depth, too"
-    means, (he, mirrored) = starts(), (wired(start) for start in ("he", "mirrored"))
+    means, mirrored = starts(), wired("mirrored")
     for depth, rate in WIRED.items():
         runs = [100 * runs_of(f"{kind}{depth}", rate, start).val_accuracy
                 for kind in ("plain", "resnet") for start in ("he", "mirrored")]
         assert all(len(part) == 3 for part in runs)
         row = "|".join(f"{part.mean():.1f} ± {part.std():.1f}" for part in runs)
         say += [f"|{depth}, {rate:g}|{row}|"]
-    say += ["the differences, {:.1f}, {:.1f} and {:.1f}, are undecided".format(*leads("mirrored"))]
-    say += ["plain-34 lower ({:.1f} instead of {:.1f})".format(
+    say += ["between mirrored twins, {:.1f}, {:.1f} and {:.1f};".format(*leads("mirrored"))]
+    say += ["plain-34 lowered ({:.1f} instead of {:.1f})".format(
         *(means.percent["plain34", start, 0.003] for start in STARTS))]
-    level = rh.compare(runs_of("plain34", 0.001, "mirrored"), runs_of("resnet34", 0.001, "he"))
-    assert level["low"] < 0 < level["high"]  # "level with the usual ResNet-34"
-    assert 0 < he["resnet50"] - mirrored["plain50"] < 2.5  # "and plain-50 nearly"
+    level = [difference(percents_of(f"plain{depth}", 0.001, "mirrored"),
+                        percents_of(f"resnet{depth}", 0.001, "he")) for depth in (34, 50)]
+    assert all("[-" in words and ", +" in words for words in level)  # "both undecided"
+    say += ["from the usual ResNet-34 by {} points, plain-50 from ResNet-50 by {}: both".format(
+        *(words.split()[0] for words in level))]
     assert mirrored["plain56"] < 80
     say += ["plain-34 has {:.1f} and plain-50 {:.1f}".format(
         *(means.percent[name, "he", 0.003] for name in ("plain34", "plain50")))]
@@ -1121,10 +1123,16 @@ def test_readme_tells_the_finding_and_the_why():
     misses = re.findall(r"^[1-9]\. \*.*a miss", markdown_of("appendix_why"), re.M)
     assert [miss[0] for miss in misses] == ["1", "4", "5"]
     assert all("(0.003)" in miss for miss in misses)
+    judged = re.findall(r"^[1-9]\. \*.*", markdown_of("appendix_why"), re.M)
+    assert sum("(0.003)" in line for line in judged) == 6  # "of six about 0.003 alone"
     say += [f"{['Two', 'Three', 'Four', 'Five'][len(misses) - 2]} of nine [predictions]"]
     points = measured_and_reached(main, small)
     assert len(points) == 12  # "twelve networks"
-    say += [f"rank correlation {points.corr(method='spearman').measure.accuracy:.2f}"]
+    both = points.corr(method="spearman").accuracy
+    say += [f"rank correlation {both.measure:.2f}; gradient growth: {both.growth:.2f}"]
+    training = 100 * rh.ablation_table(main, "accuracy")
+    say += ["training* accuracy, too, plain {:.1f} and residual {:.1f} points".format(
+        *(training[kind].iloc[0] - training[kind].iloc[-1] for kind in ("plain", "residual")))]
     counts = json.loads(page("notebooks/01_data.ipynb"))["cells"]
     (share,) = {found for cell in counts for _, text in outputs(cell)
                 for found in re.findall(r"validation +\d+ +\d+ +([\d.]+)%", text)}
