@@ -274,6 +274,11 @@ def markdown_of(name):
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
+def ends_of(runs, model):
+    """The last accuracies of a network's runs, in percent."""
+    return 100 * runs[(runs.model == model) & (runs.epoch == runs.epochs)].val_accuracy.to_numpy()
+
+
 def test_notebook_4_tells_the_tables():
     """Every number below its two tables, computed from the result files."""
     text, say = markdown_of("04_ablation"), []
@@ -294,9 +299,12 @@ def test_notebook_4_tells_the_tables():
             part[kind].iloc[-1] - part[kind].iloc[0]
             for kind in ("plain", "residual") for part in (table, training))
         assert max(plain, plain_training, residual) < 0 and residual_training < 0.05
+        more = difference(*(ends_of(runs, f"{kind}{table.index[i].split()[0]}")
+                            for kind in ("plain", "resnet") for i in (0, -1)))
         say += [f"plain networks lose {-plain:.1f} points in validation and "
                 f"{-plain_training:.1f} in training, residual networks {-residual:.1f} and "
-                f"{abs(residual_training):.1f}"]
+                f"{abs(residual_training):.1f}. The plain ones lose more by {more[1:]} points"]
+        assert more[0] == more.split("[")[1][0] == "+"
     table, small_table = tables
     drops = [table[kind].iloc[0] - table[kind].iloc[-1] for kind in ("plain", "residual")]
     say += ["from 18 to 50 layers plain accuracy falls by {:.1f} points and residual accuracy by "
@@ -341,16 +349,18 @@ def test_notebook_4_tells_the_curves_and_the_paper():
     for model, losses in means.loss.items():
         assert losses.iloc[-1] < losses.iloc[0]
         assert (last.get_group(model).max() > 0.9 * np.log(2)) == (model == "plain50")  # "all but"
-    leads = [100 * (means.accuracy[f"resnet{depth}"] - means.accuracy[f"plain{depth}"])
-             for depth in (34, 50)]
-    assert all((lead > 0).all() for lead in leads)  # "from the first epoch on"
-    lead, deep = leads
-    say = [f"with 34 layers by {lead[1]:.1f} points there and {lead[15]:.1f} at the end, with 50 "
-           f"by {deep[1]:.1f} and {deep[15]:.1f}."]
-    behind = [means.loss[f"resnet{depth}"] > means.loss[f"plain{depth}"] for depth in (34, 50)]
-    assert all(each[1] and not each[2:].any() for each in behind)  # "from the second epoch on"
-    say += ["begins higher, with 34 layers at {:.3f} against {:.3f},".format(
-        *means.loss.loc[1, ["resnet34", "plain34"]])]
+    lead, deep = (100 * (means.accuracy[f"resnet{depth}"] - means.accuracy[f"plain{depth}"])
+                  for depth in (34, 50))
+    assert (deep > 0).all()  # "from the first epoch on"
+    say = [f"by {deep[1]:.1f} points there and {deep[15]:.1f} at the end. With 34 layers plain-34 "
+           f"is ahead in epochs {listed(lead.index[lead < 0], '{}')}, and ResNet-34 at the end, by "
+           f"{lead[15]:.1f} points"]
+    losses = means.loss
+    behind = [losses.index[losses[f"resnet{d}"] > losses[f"plain{d}"]] for d in (34, 50)]
+    assert behind[0][0] == behind[1][0] == 1  # "begins higher"
+    say += ["begins higher, with 34 layers at {:.3f} against {:.3f}, and is lower for good from "
+            "epoch {} on, with 50 layers from epoch {}".format(
+                *losses.loc[1, ["resnet34", "plain34"]], *(x[-1] + 1 for x in behind))]
     pair = every_run().query("model == 'resnet34' and learning_rate == 0.003 and seed < 3")
     ended = 100 * pair[pair.epoch == 15].set_index("seed").val_accuracy
     fell = 100 * pair[pair.seed == ended.idxmin()].set_index("epoch").val_accuracy
@@ -360,23 +370,22 @@ def test_notebook_4_tells_the_curves_and_the_paper():
     ends = every_run().query("epoch == 15 and seed < 3 and shortcut != 'zero_pad'")
     ends = ends.groupby(["model", "learning_rate"])[["val_accuracy", "loss"]].mean()
     accuracy, losses = 100 * ends.val_accuracy, ends.loss
-    say += [f"{words} {accuracy[model, 0.001]:.1f} to {accuracy[model, 0.003]:.1f}%"
-            for model, words in (("plain34", "plain-34 goes from"), ("resnet50", "loses (from"))]
-    say += ["mean training loss is {:.3f} at 0.003 and {:.3f} at 0.001".format(
-        *losses.resnet34[[0.003, 0.001]])]
+    say += [f"its mean training loss is {losses.resnet34[0.003]:.3f}, and "
+            f"{losses.resnet34[0.001]:.3f} at 0.001 and {losses.resnet34[0.01]:.3f} at 0.01"]
     table = 100 * rh.ablation_table(main)
     say += ["residual is ahead by {:.1f} points at 18 layers, which is undecided, {:.1f} at 34 and "
             "{:.1f} at 50".format(*table.difference)]
     assert (table.low > 0).tolist() == [False, True, True]
     percent = 100 * main.groupby(["model", "epoch"]).val_accuracy.mean().unstack(0)
-    assert (percent.resnet50 > percent.plain50).all()  # "ahead once"
-    (ahead,) = percent[percent.plain34 > percent.resnet34].itertuples()
-    say += [f"in epoch {ahead.Index} ({ahead.plain34:.1f} against {ahead.resnet34:.1f}%"]
+    assert (percent.resnet50 > percent.plain50).all()
+    ahead = percent.index[percent.plain34 > percent.resnet34]
+    say += [f"plain-34 leads there in {len(ahead)} of the 15 epochs, the last time in epoch "
+            f"{ahead[-1]}"]
     shown = main[main.model.isin(["plain34", "resnet34", "plain50", "resnet50"])]
-    cut = 1.5 * shown.loss.max()
     losses = shown.groupby(["model", "epoch"])[["loss", "val_loss"]].mean().max(axis=1)
-    assert losses.index[losses > cut].tolist() == [("plain50", 4)]  # "above it in epoch 4"
-    say += [f"cut at {cut:.2f}:"]
+    cut = 1.5 * main.loss.max()
+    assert losses.index[losses > cut].tolist() == [("resnet34", 5), ("resnet50", 1)]
+    say += [f"cut at {cut:.2f}: the mean validation losses of ResNet-50 in epoch 1"]
     moved = accuracy["plain34", 0.003] - accuracy["plain34", 0.001]
     assert moved > table.difference["34 layers"]  # "more than its shortcuts do"
     say += [f"moves plain-34 by {moved:.1f} points, more than shortcuts add at own rates "
@@ -417,9 +426,32 @@ def test_notebook_4_tells_the_rates():
         f"{cost:+.1f}" for at_rates, at_own in zip(costs, own) for cost in (*at_rates, at_own)]
     losses = tried.loss["mean"].resnet34
     say += [f"ResNet-34's are {listed(losses, '{:.3f}')} at {listed(losses.index, '{:g}')}"]
-    common = 100 * rh.ablation_table(committed_runs())
-    say += [f"the difference is {common.difference['34 layers']:+.1f} if both have the optimiser's "
-            f"default rate, 0.001, and an undecided {gaps[34][0.003]:+.1f} at 0.003"]
+    tables = {rate: 100 * rh.ablation_table(part[part.model.map(rh.MODELS).isin([18, 34, 50])])
+              for rate, part in ends.groupby("learning_rate") if rate in tried.index}
+    undecided = {rate: table.low["34 layers"] < 0 for rate, table in tables.items()}
+    assert undecided == {0.001: False, 0.003: True, 0.01: True}
+    say += ["the difference is {:+.1f} if both have the optimiser's default rate, 0.001, an "
+            "undecided {:+.1f} at 0.003 and an undecided {:+.1f} at 0.01".format(*gaps[34])]
+    say += ["{:.1f} points from 18 to 50 layers against {:.1f} at 0.001, {:.1f} against {:.1f} at "
+            "0.003, and {:.1f} against {:.1f} at 0.01".format(*(
+                -cost[rate] for rate in tried.index for cost in costs[::-1]))]
+    fast = ends[(ends.model == "plain34") & (ends.learning_rate == 0.01)].set_index("seed")
+    assert (fast.loss > 0.98 * np.log(2)).to_dict() == {0: True, 1: False, 2: False}
+    say += ["with seed 0 it hardly learns ({:.1f}%), with seeds 1 and 2 it reaches {:.1f} and "
+            "{:.1f}%".format(*100 * fast.val_accuracy.sort_index()),
+            f"its mean training loss there is {fast.loss.mean():.3f}, against "
+            f"{tried.loss['mean'].plain34[0.003]:.3f} at 0.003",
+            f"more than ResNet-34 there ({accuracy.resnet34[0.01]:.1f}% in the mean)",
+            f"by {table.difference['34 layers']:.1f} points at own rates"]
+    medians = ends.groupby(["learning_rate", "model"]).loss.median().unstack().loc[tried.index]
+    rule, other = tried.loss["mean"].idxmin(), medians.idxmin()
+    assert other[other != rule].to_dict() == {"plain34": 0.01}  # "no other network another rate"
+    rates = main.groupby("model").learning_rate.first()
+    named = {rate: listed([rh.display_name(f"{kind}{depth}") for kind in ("plain", "resnet")
+                           for depth in (18, 34, 50) if rates[f"{kind}{depth}"] == rate], "{}")
+             for rate in sorted(set(rates))}
+    say += ["at its own rate: " + ", ".join(f"{rate:g} for {x}" for rate, x in named.items()) + ".",
+            f"({named[0.01]})"]
     for words in say:
         assert words in text, words
 
@@ -447,16 +479,19 @@ def test_notebook_4_tells_the_checks():
     same, own = (100 * rh.ablation_table(runs)
                  for runs in (gpu_at_the_rates_of(main), gpu_runs()[0]))
     assert own.low["34 layers"] < 0  # "undecided"
-    say += [f"is {listed(same.difference)} on the GPU at 34 and 50 layers, and "
-            f"{listed(table.difference[1:])} here"]
+    assert (gpu_runs()[0].groupby("model").learning_rate.first()
+            == main.groupby("model").learning_rate.first()).all()  # "the GPU's own rule chose, too"
+    say += [f"is {listed(same.difference)} on the GPU at 34 and 50 layers with seeds 0 to 2, and "
+            f"{listed(table.difference[1:])} here",
+            f"1 to 3, it is an undecided {own.difference['34 layers']:+.1f} at 34 layers"]
     fast = 100 * usual[(usual.learning_rate == 0.003) & (usual.seed == 0)].set_index(
         "model").val_accuracy
     on_its_page = [
-        f"is {listed(same.difference)} points at 34 and 50 layers here, and "
+        f"is {listed(same.difference)} points at 34 and 50 layers here (seeds 0 to 2), and "
         f"{listed(table.difference[1:])} there",
         f"it is {listed(there.difference)} here (five seeds), and "
         f"{listed(100 * rh.ablation_table(small).difference)} there",
-        f"an undecided {own.difference['34 layers']:+.1f} at 34 layers",
+        f"1 to 3, it is an undecided {own.difference['34 layers']:+.1f} at 34 layers",
         "from {:.1f} to {:.1f}% here, and from {:.1f} to {:.1f}% there".format(
             *zero_gamma(gpu).resnet50, *gamma[1]),
         f"one run each with seed 0, {fast.resnet34:.1f} and {fast.plain34:.1f}%"]
@@ -516,8 +551,10 @@ def test_notebook_4_tells_the_images():
     text = markdown_of("04_ablation")
     seeds = [np.mean([right[model, a] != right[model, b] for a, b in ((0, 1), (0, 2), (1, 2))])
              for model in ("plain34", "resnet34")]
-    assert b + c < min(seeds)  # "no more than two seeds"
-    for words in ("({:.1%} in plain-34, {:.1%} in ResNet-34)".format(*seeds),
+    assert seeds[1] + 0.01 < b + c < seeds[0] < b + c + 0.01  # "about as much", "more than"
+    for words in (f"same seed ({b + c:.1%}) differ",
+                  f"two seeds of plain-34 ({seeds[0]:.1%}), and more than two of ResNet-34 "
+                  f"({seeds[1]:.1%})",
                   f"disagree on {b + c:.1%} of the images", f"on {b:.1%} only ResNet-34 is right, "
                   f"on {c:.1%} only plain-34", "lopsided: {:.1%} against {:.1%}".format(
                       *shares[50]), f"about ±{100 * chance:.1f} points at 34 layers"):
@@ -950,6 +987,19 @@ def test_notebook_3_tells_the_committed_runs():
     assert [list(epochs) for epochs in ahead] == [[1], [1, 2, 3]]
     assert ("plain-34 is ahead of ResNet-34 in the first epoch and plain-50 ahead of ResNet-50 in "
             "the first three") in told
+    by_epoch = runs.pivot(index="epoch", columns="model", values="val_loss")
+    ahead = [by_epoch.index[by_epoch[f"plain{d}"] < by_epoch[f"resnet{d}"]] for d in (34, 50)]
+    assert not len(ahead[1])
+    assert f"plain-34 is ahead once more, in epochs {listed(ahead[0], '{}')}." in told
+    last = 100 * runs[runs.epoch == 15].set_index("model").val_accuracy
+    assert (f"gaps on this page, {last.resnet34 - last.plain34:.1f} points at 34 layers and "
+            f"{last.resnet50 - last.plain50:.1f} at 50,") in told
+    rates = main_tables()[0].groupby("model").learning_rate.first()
+    assert (rates[["plain34", "plain50"]] == 0.003).all()
+    assert (rates[["resnet34", "resnet50"]] == 0.01).all()
+    weights = page("results/weights/README.md")
+    assert "with a validation accuracy of {}%".format(
+        re.search(r"\| ResNet-56 \| ([\d.]+) ", weights)[1]) in told
     first = (100 * runs[runs.epoch == 1].set_index("model").val_accuracy).map("{:.1f}".format)
     assert (f"{first.resnet34} against {first.plain34}% in validation with 34 layers, "
             f"{first.resnet50} against {first.plain50}% with 50") in told
@@ -1042,7 +1092,7 @@ def test_solutions_are_right_by_the_checks_of_notebook_4(capsys, monkeypatch):
     monkeypatch.setattr(rh, "read_runs", functools.cache(rh.read_runs))  # time
     given = sets_of_notebook_4(monkeypatch)
     answers = solved("ablation")
-    wrong = {"lower_loss": [18], "interval": [13.0, 25.0], "how_many": 2}
+    wrong = {"lower_loss": [18], "interval": [13.0, 25.0], "how_many": 3}
     check_exercises("04_ablation", given, answers, wrong, capsys)
 
 
@@ -1094,8 +1144,8 @@ def test_readme_tells_the_finding_and_the_why():
     plain, residual = (small_table[kind].iloc[0] - small_table[kind].iloc[-1]
                        for kind in ("plain", "residual"))
     drops = [own[kind].iloc[0] - own[kind].iloc[-1] for kind in ("plain", "residual")]
-    say = ["from 18 to 50 layers (and to bottlenecks) costs {:.1f} points of validation accuracy "
-           "without shortcuts and {:.1f} with them".format(*drops)
+    say = ["from 18 to 50 layers (and to bottlenecks) costs {:.1f} percentage points of validation "
+           "accuracy without shortcuts and {:.1f} with them".format(*drops)
            + f"; in networks for 32x32 images, from 20 to 56 layers, {plain:.1f} and "
            f"{residual:.1f}"]
     assert all(rh.ablation_table(runs, "accuracy").plain.is_monotonic_decreasing
@@ -1147,14 +1197,25 @@ def test_readme_tells_the_checks():
     common, every = 100 * rh.ablation_table(committed_runs()), every_run()
     rates = main.groupby("model").learning_rate.first()
     assert (rates[["plain34", "plain50"]] == 0.003).all()
-    assert (rates[["resnet34", "resnet50"]] == 0.001).all()
+    assert (rates[["resnet34", "resnet50"]] == 0.01).all()
     assert (small.learning_rate == 0.003).all()
-    fast = every.query("learning_rate == 0.003 and seed < 3 and shortcut != 'zero_pad'")
-    fast = 100 * rh.ablation_table(fast[fast.model.map(rh.MODELS).isin([18, 34, 50])])
-    assert fast.low["34 layers"] < 0 < fast.low["50 layers"]  # "an undecided ..."
-    say = ["with all at 0.001 it is {1:+.1f} points at 34 layers ({2:+.1f} at 50), with all at "
-           .format(*common.difference)
-           + "0.003 an undecided {1:+.1f} ({2:+.1f})".format(*fast.difference)]
+    tables = [common]
+    for rate in (0.003, 0.01):
+        at_rate = every[(every.learning_rate == rate) & (every.seed < 3)]
+        at_rate = at_rate[at_rate.model.map(rh.MODELS).isin([18, 34, 50])]
+        tables += [100 * rh.ablation_table(at_rate)]
+    undecided = [table.low["34 layers"] < 0 for table in tables]
+    assert undecided == [False, True, True]  # "an undecided ..."
+    assert tables[2]["plain hardly learned"]["34 layers"] == 100  # "one of three"
+    plain = at_rate.query("model == 'plain34' and epoch == 15").sort_values("seed").val_accuracy
+    say = ["at 34 layers it is {:+.1f} points with both at 0.001, an undecided {:+.1f} at 0.003 "
+           "and {:+.1f} at 0.01".format(*(table.difference["34 layers"] for table in tables)),
+           "hardly learns and the others reach {:.1f} and {:.1f}%, more than ResNet-34 ({:.1f})"
+           .format(*100 * plain[1:], tables[2].residual["34 layers"])]
+    assert 100 * plain[1:].min() > tables[2].residual["34 layers"]
+    drops = [[table[kind].iloc[0] - table[kind].iloc[-1] for kind in ("plain", "residual")]
+             for table in tables]
+    assert all(plain > residual for plain, residual in drops)  # "less at each rate"
     end = gpu[gpu.epoch == gpu.epochs].set_index("model")
     slow = end[end.epochs == 45].loc["plain50"]
     short = end.loc[["plain50"]].query(f"epochs == 15 and seed == {slow.seed} and mirrored == 0")
@@ -1174,8 +1235,8 @@ def test_readme_tells_the_checks():
     gap = 100 * rh.ablation_table(there).difference
     same = 100 * rh.ablation_table(gpu_at_the_rates_of(main)).difference
     own = 100 * rh.ablation_table(gpu_runs()[0])
-    say += [f"is {listed(same)} points at 34 and 50 layers (three seeds, the same rates; at the "
-            f"GPU's own rates an undecided {own.difference['34 layers']:+.1f} at 34), "
+    say += [f"is {listed(same)} points at 34 and 50 layers (seeds 0 to 2; with seeds 1 to 3 an "
+            f"undecided {own.difference['34 layers']:+.1f} at 34), "
             f"{gap.iloc[0]:+.1f} and {gap.iloc[-1]:+.1f} at 20 and 56 (five)"]
     plan = pd.read_csv(ROOT / "results" / "plan.csv")
     say += [f"a row per run: {len(plan)}, about {plan.minutes.sum() / 60:.0f} hours on two cores"]
