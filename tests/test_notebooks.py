@@ -475,6 +475,9 @@ def test_notebook_4_tells_the_checks():
     say += [f"these {len(apart)} points the two devices differ by {apart.abs().mean():.1f} points "
             f"on average, and by {apart.abs().max():.1f} at most ({rh.display_name(model)} at "
             f"{rate:g})"]
+    named = apart[apart.abs() > 3]
+    assert (named > 0).to_dict() == {("resnet34", 0.003): True, ("resnet50", 0.003): True,
+                                     ("plain50", 0.01): False}
     there = 100 * rh.ablation_table(usual[~usual.model.map(rh.MODELS).isin(rh.UNITS)])
     same, own = (100 * rh.ablation_table(runs)
                  for runs in (gpu_at_the_rates_of(main), gpu_runs()[0]))
