@@ -164,7 +164,6 @@ def prepare_dataset(profile=None, name=None, image_size=32):
     if _decoded_path(name, image_size):
         return name
     import tensorflow_datasets as tfds
-
     known = [DIGITS, *tfds.list_builders(with_community_datasets=False)]
     _require(name.split("/")[0] in known, "a data set that TensorFlow Datasets knows, or the whole "
              "path of a folder with a subfolder of pictures for each class", repr(name))
@@ -717,10 +716,11 @@ def build_from_config(config, num_classes):
     size = config["image_size"]
     model = create_model(config["model"], (size, size, 3), num_classes, **options)
     on_tensorflow = keras.backend.backend() == "tensorflow"
+    adam = Adam if on_tensorflow else keras.optimizers.Adam  # on PyTorch the faster one
     if config["optimizer"] == "sgd":
         optimizer = keras.optimizers.SGD(learning_rate(config), momentum=0.9)
-    else:  # with PyTorch Keras's own is the faster one
-        optimizer = (Adam if on_tensorflow else keras.optimizers.Adam)(learning_rate(config))
+    else:
+        optimizer = adam(learning_rate(config))
     slow = on_tensorflow and _device().startswith("CPU")  # for XLA
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                   metrics=["accuracy"], jit_compile=False if slow else "auto")
@@ -748,8 +748,8 @@ def _device():
 def environment(data):
     """What is saved with a run: versions, device, threads, start, checksums of the images."""
     backend = keras.backend.backend()
-    # Through a shell: a missing git is no error.
     share = os.environ.get("TF_NUM_INTRAOP_THREADS") if backend == "tensorflow" else None
+    # Through a shell: a missing git is no error.
     commit = subprocess.run("git rev-parse --verify HEAD", shell=True, capture_output=True,
                             text=True, cwd=COMMITTED.parent).stdout.strip()
     return {
@@ -937,10 +937,9 @@ def _start_process(read_end, threads):
 def train_runs(configs, executor=None, folder=None, keep_weights=False, show=None):
     """Train the runs that are not there yet; return all, as `read_runs` does.
 
-    Prints a line per epoch. The first failure ends all (what has begun on a cluster may go on), and
-    finished epochs are kept. `executor` is anything with `submit`: a `process_pool` (of one, by
-    default), or a cluster (Dask, submitit) that sees the same folder. `show` is called with all
-    epochs so far whenever one has ended.
+    Prints a line per epoch. A failure stops what it can; finished epochs are kept. `executor`
+    is anything with `submit`: a `process_pool` (of one, by default), or a cluster (Dask, submitit)
+    that sees the same folder. `show` is called with all epochs so far whenever one has ended.
     """
     configs = list(configs)
     paths = [run_path(config, folder) for config in configs]
@@ -1108,7 +1107,8 @@ def ablation_table(runs, metric="val_accuracy"):
 
     The twins have the same depth and start. Raises ValueError for what cannot be compared.
     """
-    last = last_epochs(runs).assign(layers=lambda last: last.model.map(MODELS))
+    last = last_epochs(runs)
+    last["layers"] = last.model.map(MODELS)
     twins = ["layers", "stem", "stride_in", "mirrored"]
     is_plain = last.model.str.startswith("plain")
     plain = {twin: part for twin, part in last[is_plain].groupby(twins)}
