@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zlib
 
 # Read when a backend is loaded: fast convolutions, few messages, GPU memory as needed.
@@ -121,9 +122,10 @@ def write_atomically(path, write):
 def _replace(partial, path):
     """Windows refuses it while somebody reads the file at `path`: try for a second."""
     for _ in range(10):
-        with contextlib.suppress(PermissionError):
+        try:
             return os.replace(partial, path)
-        time.sleep(0.1)
+        except PermissionError:
+            time.sleep(0.1)
     os.replace(partial, path)
 
 
@@ -251,9 +253,7 @@ def _decode_tfds(name, image_size):
     def decode(example):
         image = tf.image.resize(example["image"], [image_size, image_size], antialias=True)
         image = tf.saturate_cast(tf.round(image), tf.uint8)
-        if image.shape[-1] == 1:
-            image = tf.image.grayscale_to_rgb(image)
-        return image, example["label"]
+        return tf.broadcast_to(image, [image_size, image_size, 3]), example["label"]
 
     builder = tfds.builder(name, data_dir=data_dir())
     features = builder.info.features
@@ -293,11 +293,9 @@ def read_picture(file):
     try:
         with Image.open(file) as picture:
             _require(picture.mode[0] not in "IF", "8 bits per colour", picture.mode)
-            picture = ImageOps.exif_transpose(picture)  # cameras note a turn
-            if picture.has_transparency_data:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture.convert("RGBA"))
-            return picture.convert("RGB")
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")  # cameras note a turn
+            white = Image.new("RGBA", picture.size, "white")
+            return Image.alpha_composite(white, picture).convert("RGB")
     except Exception as error:  # a broken picture can raise anything
         raise ValueError(f"{file} is no picture ({error}). Mend or remove it.") from error
 
@@ -441,48 +439,36 @@ class BatchNormalization(layers.BatchNormalization):
         return outputs
 
 
-@keras.saving.register_keras_serializable("resnet_helpers")
-class MirroredHeNormal(keras.initializers.Initializer):
-    """share * M + (1 - share) * H: H is He's start (He et al. 2015b), M its mirrored form.
+def mirror(kernel):
+    """The mirrored form of a convolution's first weights ("looks linear", Balduzzi et al. 2017).
 
-    Mirrored ("looks linear", Balduzzi et al. 2017): over halves of its input and output channels
-    M is [[V, -V], [-V, V]], V being the first part of H, so that a weight of M has the variance of
-    one of H (for images, whose three channels have no halves: [V, -V]). The layer puts out
-    [Vu; -Vu], and since relu(u) - relu(-u) = u, the next one sees Vu as if there were no ReLU.
+    Over halves of its input and output channels it is [[V, -V], [-V, V]], V being the first part
+    of `kernel`, so that its weights keep their variance (for images, whose three channels have no
+    halves: [V, -V]). The layer puts out [Vu; -Vu], and since relu(u) - relu(-u) = u, the next one
+    sees Vu as if there were no ReLU.
     """
-
-    def __init__(self, share, seed=None):
-        self.share = share
-        self.seed = seed
-
-    def __call__(self, shape, dtype=None):
-        he = keras.initializers.HeNormal(self.seed)(shape, dtype)
-        if self.share == 0:
-            return he
-        _require(shape[-1] % 2 == 0, "even numbers of channels, for mirrored", tuple(shape))
-        mirrored = he
-        for axis in (-2, -1) if shape[-2] % 2 == 0 else (-1,):
-            half = ops.split(mirrored, 2, axis)[0]
-            mirrored = ops.concatenate([half, -half], axis)
-        return self.share * mirrored + (1 - self.share) * he
-
-    def get_config(self):
-        return {"share": self.share, "seed": self.seed}
+    shape = tuple(kernel.shape)
+    _require(shape[-1] % 2 == 0, "even numbers of channels, for mirrored", shape)
+    halved = (-2, -1) if shape[-2] % 2 == 0 else (-1,)
+    for axis in halved:
+        half = ops.split(kernel, 2, axis)[0]
+        kernel = ops.concatenate([half, -half], axis)
+    return kernel
 
 
-def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones", mirrored=0.0):
-    """Convolution without bias (its batch norm has one), He's start or `mirrored`, batch norm."""
+def conv_bn(x, filters, kernel_size, stride, name, seed=None, gamma="ones"):
+    """Convolution without bias (its batch norm has one) from He's start (2015b), batch norm."""
     if seed is not None:  # by name, so that twins start from the same weights
         seed = zlib.crc32(f"{seed} {name}".encode())
     x = Conv2D(filters, kernel_size, strides=stride, padding="same", use_bias=False,
-               kernel_initializer=MirroredHeNormal(mirrored, seed), name=f"{name}_conv")(x)
+               kernel_initializer=keras.initializers.HeNormal(seed), name=f"{name}_conv")(x)
     return BatchNormalization(
         momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=f"{name}_bn")(x)
 
 
 def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
                shortcut="projection", stride_in="1x1", zero_gamma=False, shortcut_scale=1.0,
-               mirrored=0.0, seed=None):
+               seed=None):
     """One unit: y = relu(F(x) + x), or relu(F(x) + W_s x) (paper, equations 1 and 2).
 
     Args:
@@ -496,39 +482,39 @@ def build_unit(x, kernel_sizes, channel_sizes, stride, name, *, is_plain=False,
             in the authors' released networks, or in its "3x3" ("v1.5").
         zero_gamma: Start with F(x) = 0: the last batch norm's scale is 0 (Goyal et al. 2017).
         shortcut_scale: a in y = relu(F(x) + a x): 1 in the paper.
-        mirrored: From 0, He's start, to 1, a plain network that starts linear (a max pool aside).
         seed: Makes the initial weights reproducible.
     """
     _require(0 < len(kernel_sizes) == len(channel_sizes),
              "equal lengths > 0", (kernel_sizes, channel_sizes))
     _require(not is_plain or (shortcut_scale == 1 and not zero_gamma),
              "shortcuts, for zero_gamma and shortcut_scale", "is_plain=True")
-    _require(0 <= mirrored <= 1, "mirrored from 0 to 1", mirrored)
     _require_one_of("shortcut", shortcut, SHORTCUTS)
     _require_one_of("stride_in", stride_in, STRIDES_IN)
-    strided = list(kernel_sizes).index(3) if stride_in == "3x3" and 3 in kernel_sizes else 0
+    strided = 0
+    if stride_in == "3x3" and 3 in kernel_sizes:
+        strided = list(kernel_sizes).index(3)
     last = len(kernel_sizes) - 1
     branch = x  # becomes F(x), the residual branch
     for i, (kernel_size, channels) in enumerate(zip(kernel_sizes, channel_sizes)):
         branch = conv_bn(branch, channels, kernel_size, stride if i == strided else 1,
-                         f"{name}_{i + 1}", seed, mirrored=mirrored,
+                         f"{name}_{i + 1}", seed,
                          gamma="zeros" if zero_gamma and i == last else "ones")
         if i < last:
             branch = layers.Activation("relu", name=f"{name}_{i + 1}_relu")(branch)
     if not is_plain:
-        x = _shortcut(x, branch, shortcut, stride, name, mirrored, seed)
+        x = _shortcut(x, branch, shortcut, stride, name, seed)
         if shortcut_scale != 1:
             x = layers.Rescaling(shortcut_scale, name=f"{name}_scale")(x)  # a x
         branch = layers.Add(name=f"{name}_add")([x, branch])  # F(x) + x
     return layers.Activation("relu", name=f"{name}_out")(branch)
 
 
-def _shortcut(x, branch, shortcut, stride, name, mirrored, seed):
+def _shortcut(x, branch, shortcut, stride, name, seed):
     """x, or W_s x, in the shape of the residual branch."""
     if branch.shape == x.shape and shortcut != "projection_all":
         return x
     if shortcut != "zero_pad":
-        return conv_bn(x, branch.shape[-1], 1, stride, f"{name}_0", seed, mirrored=mirrored)
+        return conv_bn(x, branch.shape[-1], 1, stride, f"{name}_0", seed)
     missing = branch.shape[-1] - x.shape[-1]
     _require(missing >= 0, "a projection where channels become fewer", shortcut)
     return ops.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, missing)))
@@ -560,17 +546,19 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
         units_per_block, channels: Of each stage, such as [3, 4, 6, 3] and [64, 128, 256, 512].
         bottleneck: Units of 1x1, 3x3 and 1x1 (four times the channels), not two 3x3 (Figure 5).
         stem: "imagenet" (7x7 stride 2 and max pool, Table 1) or "cifar" (3x3, section 4.2).
-        mirrored, seed, options: `is_plain` and the others of `build_unit`.
+        mirrored: From 0, He's start, to 1, a plain network that starts linear (a max pool aside).
+        seed, options: `is_plain` and the others of `build_unit`.
     """
     kernel_size, stride, least = STEMS[_require_one_of("stem", stem, STEMS)]
     _require(len(input_shape) == 3 and min(input_shape[:2]) >= least,
              f"input_shape (height, width, channels), at least {least} pixels each way",
              tuple(input_shape))
     _require(num_classes >= 2, "num_classes of at least 2", num_classes)
+    _require(0 <= mirrored <= 1, "mirrored from 0 to 1", mirrored)
     _require(0 < len(units_per_block) == len(channels),
              "equal lengths > 0", (units_per_block, channels))
     image = keras.Input(input_shape, name="image")
-    x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed, mirrored=mirrored)
+    x = conv_bn(image, channels[0], kernel_size, stride, "conv1", seed)
     x = layers.Activation("relu", name="conv1_relu")(x)
     if stem == "imagenet":
         x = layers.ZeroPadding2D(1, name="pool1_pad")(x)  # after a ReLU no 0 exceeds a maximum
@@ -578,12 +566,17 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
     for block_num, (num_units, width) in enumerate(zip(units_per_block, channels), start=2):
         kernel_sizes = (1, 3, 1) if bottleneck else (3, 3)
         channel_sizes = (width, width, 4 * width) if bottleneck else (width, width)
-        x = build_resnet_block(x, block_num, num_units, kernel_sizes, channel_sizes,
-                               mirrored=mirrored, seed=seed, **options)
+        x = build_resnet_block(x, block_num, num_units, kernel_sizes, channel_sizes, seed=seed,
+                               **options)
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     start = keras.initializers.HeNormal(seed)
     logits = layers.Dense(num_classes, kernel_initializer=start, name="predictions")(x)
-    return keras.Model(image, logits, name=name)
+    model = keras.Model(image, logits, name=name)
+    for layer in model.layers:
+        if mirrored and isinstance(layer, Conv2D):
+            he = layer.kernel.value
+            layer.kernel.assign(mirrored * mirror(he) + (1 - mirrored) * he)
+    return model
 
 
 def create_model(name, input_shape=(32, 32, 3), num_classes=2, **options):
@@ -625,16 +618,14 @@ def make_config(model, profile=None, dataset=None, seed=0, **changes):
     """
     profile, dataset = get_profile(profile), get_dataset(dataset)
     design = DEPTHS[MODELS[_require_one_of("model", model, MODELS)]]
+    is_plain = model.startswith("plain")
     config = {
         "model": model, "dataset": dataset, "image_size": 32, "batch_size": 64,
         **PROFILES[profile], "optimizer": "adam", "learning_rate": 0.001,
         "schedule": CHOICES["schedule"][0], "augmentation": CHOICES["augmentation"][0],
-        "stem": design["stem"], "stride_in": "1x1", **NEWER, "shortcut": design["shortcut"],
-        "seed": 0, "profile": profile}
-    choices = CHOICES
-    if model.startswith("plain"):
-        config["shortcut"] = "none"
-        choices = CHOICES | NO_SHORTCUTS
+        "stem": design["stem"], "stride_in": "1x1", **NEWER,
+        "shortcut": "none" if is_plain else design["shortcut"], "seed": 0, "profile": profile}
+    choices = CHOICES | NO_SHORTCUTS if is_plain else CHOICES
     for key, value in {"seed": seed, **changes}.items():
         _require_one_of("entry of a configuration", key, config)
         config[key] = _checked(key, value, config[key], choices.get(key))
@@ -658,7 +649,7 @@ def _checked(key, value, usual, choices):
     least = {"seed": 0, "mirrored": 0, "shortcut_scale": 0, "learning_rate": 1e-9}.get(key, 1)
     most = {"mirrored": 1, "seed": 2**32 - 1}.get(key, math.inf)
     try:
-        number = kind(str(value))  # np.float32(0.003) to 0.003
+        number = kind(str(value))  # as text: np.float32(0.003) is 0.003000000026...
     except ValueError:
         number = math.nan
     _require(least <= number <= most and math.isfinite(number) and not isinstance(value, str),
@@ -673,14 +664,11 @@ def run_path(config, folder=None):
     own = {key: config[key] for key in ("seed", "image_size", "stem")}
     usual = make_config(config["model"], profile, dataset, **own)
     usual |= {"image_size": 32, "stem": DEPTHS[MODELS[config["model"]]]["stem"]}
-    parts = [config["model"]]
-    if dataset != "cats_vs_dogs":
-        parts.append(_short_name(dataset))
-    if profile != "full":
-        parts.append(profile)
-    parts += [f"{key}_{config[key]}" for key in usual if config[key] != usual[key]]
+    changed = [f"{key}_{config[key]}" for key in usual if config[key] != usual[key]]
+    parts = [config["model"], _short_name(dataset), profile, *changed, f"seed{config['seed']}"]
+    name = "-".join(part for part in parts if part not in ("cats_vs_dogs", "full"))
     folder = pathlib.Path(folder or results_folder(profile, dataset)).absolute()
-    return folder / ("-".join(parts) + f"-seed{config['seed']}.json")
+    return folder / f"{name}.json"
 
 
 @keras.saving.register_keras_serializable("resnet_helpers")
@@ -865,7 +853,8 @@ def _restore(path, run, state):
     saved = _parse_run(str(text), path, ("training", "diverged"))
     before, now = saved["environment"], run["environment"]
     _refuse_another(path, run["config"], saved["config"])
-    _refuse_another(path, {key: now[key] for key in MACHINE if key in before}, before)
+    known = [key for key in MACHINE if key in before]  # older checkpoints lack the labels'
+    _refuse_another(path, {key: now[key] for key in known}, before)
     for variable, value in zip(state, values):
         variable.assign(value)
     print(f"Going on after epoch {len(saved['history']['loss'])} of {run['config']['epochs']}.",
@@ -910,7 +899,8 @@ def process_pool(workers=1):
 
     def in_a_process(function, *arguments):
         with concurrent.futures.ProcessPoolExecutor(
-                1, context, _start_process, (read_end, threads)) as process:
+                max_workers=1, mp_context=context, initializer=_start_process,
+                initargs=(read_end, threads)) as process:
             return process.submit(function, *arguments).result()
 
     try:
@@ -955,6 +945,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
             for path, config in zip(paths, configs):
                 if path.exists():
                     print(f"{path.stem}: loaded, not trained again")
+                    tables[path] = _run_table(read_run(path), path)  # it may have ended just now
                     continue
                 jobs[path] = executor.submit(train_run, config, path.parent, keep_weights, False)
             _watch(jobs, tables, show)
@@ -1092,12 +1083,13 @@ def compare(plain, residual, metric="val_accuracy"):
     _require_one_of("metric", metric, HISTORY)
     row = {}
     for kind, runs in (("plain", plain), ("residual", residual)):
-        learned = runs.loss < 0.98 * runs.guessing_loss  # False where it diverged, too
+        hardly = ~(runs.loss < 0.98 * runs.guessing_loss)  # also where it diverged
         row |= {kind: runs[metric].mean(skipna=False), f"{kind} sd": runs[metric].std(skipna=False),
                 f"{kind} seeds": len(runs), f"{kind} rate": runs.learning_rate.iloc[0],
-                f"{kind} hardly learned": (~learned).sum()}
+                f"{kind} hardly learned": hardly.sum()}
     row["difference"] = row["residual"] - row["plain"]
-    test = scipy.stats.ttest_ind(residual[metric], plain[metric], equal_var=False)
+    with warnings.catch_warnings(action="ignore"):  # where all seeds end equal
+        test = scipy.stats.ttest_ind(residual[metric], plain[metric], equal_var=False)
     row["low"], row["high"] = test.confidence_interval()
     return row
 
@@ -1109,19 +1101,16 @@ def ablation_table(runs, metric="val_accuracy"):
     """
     last = last_epochs(runs)
     last["layers"] = last.model.map(MODELS)
+    last["is_plain"] = last.model.str.startswith("plain")
     twins = ["layers", "stem", "stride_in", "mirrored"]
-    is_plain = last.model.str.startswith("plain")
-    plain = {twin: part for twin, part in last[is_plain].groupby(twins)}
-    rows, used = {}, set()
-    for _, residual in last[~is_plain].groupby(["layers", *NETWORK]):
-        row = residual.iloc[0]
-        twin = tuple(row[twins])
-        _require(twin in plain, f"plain{row.layers}, equal in {', '.join(twins[1:])}", row.file)
-        used.add(twin)
-        name = network_name(row).replace(display_name(row.model), f"{row.layers} layers")
-        rows[name] = compare(plain[twin], residual, metric)
-    alone = [plain[twin].file.iloc[0] for twin in plain if twin not in used]
-    _require(rows and not alone, "a residual network beside each plain one", alone)
+    alone = last[last.groupby(twins).is_plain.transform("nunique") == 1].file.tolist()
+    _require(not alone, f"a plain and a residual network, equal in {', '.join(twins)}", alone)
+    rows = {}
+    for _, pair in last.groupby(twins):
+        for _, residual in pair[~pair.is_plain].groupby(NETWORK):
+            row = residual.iloc[0]
+            name = network_name(row).replace(display_name(row.model), f"{row.layers} layers")
+            rows[name] = compare(pair[pair.is_plain], residual, metric)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

@@ -623,8 +623,8 @@ def small_block(kernel_sizes=(3, 3), channel_sizes=(4, 4), num_units=1, **option
         ),
         (lambda: rh.create_model("plain18", mirrored=1.5), "1.5", "mirrored from 0 to 1"),
         (
-            lambda: small_block(channel_sizes=(4, 5), mirrored=1),
-            "(3, 3, 4, 5)",
+            lambda: rh.build_resnet((8, 8, 3), [1], [5], 2, stem="cifar", mirrored=1),
+            "(3, 3, 3, 5)",
             "even numbers of channels",
         ),
         (lambda: rh.create_model("resnet18", (32, 32)), "(32, 32)", "(height, width, channels)"),

@@ -493,6 +493,20 @@ def test_what_is_damaged_is_found_before_anything_trains(tmp_path, monkeypatch, 
         rh.train_runs([first, second], Refusing(), tmp_path)
 
 
+def test_a_run_that_another_process_has_ended_meanwhile_has_all_its_epochs(tmp_path):
+    first, second = tiny(epochs=1), tiny(epochs=1, seed=1)
+
+    class Cluster:
+        def submit(self, function, config, *rest):
+            rh.train_run(second, tmp_path)  # the other process
+            job = concurrent.futures.Future()
+            job.set_result(function(config, *rest))
+            return job
+
+    table = rh.train_runs([first, second], Cluster(), tmp_path)
+    assert sorted(table.seed) == [0, 1]
+
+
 def test_a_folder_that_shows_files_late_is_no_error(tmp_path):
     """As network file systems do: what the executor hands back is the run."""
     one = tiny(epochs=1)
