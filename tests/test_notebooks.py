@@ -923,6 +923,47 @@ def test_the_appendix_judges_the_predictions():
         assert words in text, words
 
 
+def sgd_trials():
+    """Accuracy in percent and training loss of the trials with SGD, by network, start and rate."""
+    trials = runs_in("full/cats_vs_dogs").query(
+        "optimizer == 'sgd' and epochs == 5 and epoch == 5 and seed == 0")
+    trials = trials.assign(percent=100 * trials.val_accuracy)
+    trials = trials.set_index(["model", "mirrored", "learning_rate"]).sort_index()
+    return trials[["percent", "loss"]]
+
+
+def test_the_pages_tell_the_trials_with_sgd():
+    trials, text = sgd_trials(), markdown_of("appendix_why")
+    assert len(trials) == 12
+    losses = trials.groupby("learning_rate").loss.mean()
+    assert losses.idxmin() == 0.03  # "the rate with the lower training loss"
+    percent = trials.percent.xs(0.03, level="learning_rate")
+    networks = [("plain{}", 1), ("resnet{}", 0), ("plain{}", 0)]
+    deep, small = ([percent[name.format(depth), start] for name, start in networks]
+                   for depth in (56, 20))
+    for part in (trials.percent.xs(rate, level="learning_rate") for rate in (0.03, 0.1)):
+        assert all(part[f"plain{depth}", 1] > part[f"resnet{depth}", 0] for depth in (20, 56))
+    measures = pd.read_csv(ROOT / "results" / "measure.csv").query(HE)
+    say = [f"({losses[0.03]:.3f} in the mean of the six, {losses[0.1]:.3f} at 0.1)",
+           "mirrored plain-56 reaches {:.1f}%, ResNet-56 {:.1f} and plain-56 {:.1f}".format(*deep),
+           "mirrored plain-20 {:.1f}, ResNet-20 {:.1f} and plain-20 {:.1f}".format(*small),
+           f"gains plain-20 as much as {small[0] - small[2]:.1f} points",
+           f"(a measure of {measures[measures.model == 'plain20'].measure.mean():.2f})".replace(
+               "0.", ".", 1)]
+    for words in say:
+        assert words in text, words
+    mirrored, residual, plain = deep
+    assert (f"plain-56 reaches {plain:.1f}%, mirrored {mirrored:.1f}, ResNet-56 {residual:.1f}"
+            in page("README.md"))
+    rows = ["| {:g} | {:.1f} | {:.1f} | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(
+        rate, *(trials.percent[f"{kind}{depth}", mirrored, rate] for depth in (20, 56)
+                for kind, mirrored in (("plain", 0), ("plain", 1), ("resnet", 0))))
+            for rate in (0.03, 0.1)]
+    assert all(row in page("results/predictions.md") for row in rows)
+    plan = pd.read_csv(ROOT / "results" / "plan.csv").query("part == 'SGD'")
+    assert set(plan.learning_rate) == {0.03} and len(plan) == 18
+
+
 def test_the_appendix_tells_the_lesions():
     taken = pd.read_csv(ROOT / "results" / "lesions.csv", index_col="unit")
     lost = taken.loc["whole"] - taken.drop("whole")
