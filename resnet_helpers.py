@@ -549,6 +549,8 @@ def build_resnet(input_shape, units_per_block, channels, num_classes, *, bottlen
         mirrored: From 0, He's start, to 1, a plain network that starts linear (a max pool aside).
         seed, options: `is_plain` and the others of `build_unit`.
     """
+    axes = keras.config.image_data_format()
+    _require(axes == "channels_last", "image_data_format channels_last in keras.json", axes)
     kernel_size, stride, least = STEMS[_require_one_of("stem", stem, STEMS)]
     _require(len(input_shape) == 3 and min(input_shape[:2]) >= least,
              f"input_shape (height, width, channels), at least {least} pixels each way",
@@ -660,7 +662,8 @@ def _checked(key, value, usual, choices):
 def run_path(config, folder=None):
     """Where a run's file lies; its name has every entry that is not the usual one."""
     profile, dataset = config["profile"], config["dataset"]
-    # The usual run on the same images: others may not be here to be counted.
+    # The usual run on the same images (others may have to be counted), and with the same stem,
+    # which says how small they may be.
     own = {key: config[key] for key in ("seed", "image_size", "stem")}
     usual = make_config(config["model"], profile, dataset, **own)
     usual |= {"image_size": 32, "stem": DEPTHS[MODELS[config["model"]]]["stem"]}

@@ -649,7 +649,7 @@ def test_saved_model_loads(tmp_path):
 def test_the_helper_can_be_read_in_one_sitting():
     text = pathlib.Path(rh.__file__).read_text()
     lines = text.splitlines()
-    assert len(lines) <= 1179 and max(map(len, lines)) <= 100
+    assert len(lines) <= 1182 and max(map(len, lines)) <= 100
 
 
 PLANNED = ["model", "shortcut", "optimizer", "learning_rate", "seed", "epochs", "zero_gamma",

@@ -464,6 +464,15 @@ def test_units_with_a_projection(options, units):
     assert sum(name.endswith("_0_conv") for name in names) == units
 
 
+def test_channels_first_are_refused():
+    keras.config.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(ValueError, match="channels_last in keras.json. Received: channels_fi"):
+            rh.create_model("plain20")
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
 # -------------------- starts and scaled shortcuts
 
 
