@@ -662,8 +662,7 @@ def _checked(key, value, usual, choices):
 def run_path(config, folder=None):
     """Where a run's file lies; its name has every entry that is not the usual one."""
     profile, dataset = config["profile"], config["dataset"]
-    # The usual run on the same images (others may have to be counted), and with the same stem,
-    # which says how small they may be.
+    # On the same images, since others may have to be counted; the stem allows their size.
     own = {key: config[key] for key in ("seed", "image_size", "stem")}
     usual = make_config(config["model"], profile, dataset, **own)
     usual |= {"image_size": 32, "stem": DEPTHS[MODELS[config["model"]]]["stem"]}
@@ -937,6 +936,7 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
     configs = list(configs)
     paths = [run_path(config, folder) for config in configs]
     _require(0 < len(paths) == len(set(paths)), "each run once, and at least one", paths)
+    missing = [path for path in paths if not path.exists()]
     tables = {}
     for path, config in zip(paths, configs):  # what is damaged is found before anything trains
         run = _check_saved(path, config, keep_weights)
@@ -946,9 +946,8 @@ def train_runs(configs, executor=None, folder=None, keep_weights=False, show=Non
         jobs = {}
         try:
             for path, config in zip(paths, configs):
-                if path.exists():
+                if path not in missing:
                     print(f"{path.stem}: loaded, not trained again")
-                    tables[path] = _run_table(read_run(path), path)  # it may have ended just now
                     continue
                 jobs[path] = executor.submit(train_run, config, path.parent, keep_weights, False)
             _watch(jobs, tables, show)
@@ -1107,7 +1106,8 @@ def ablation_table(runs, metric="val_accuracy"):
     last["is_plain"] = last.model.str.startswith("plain")
     twins = ["layers", "stem", "stride_in", "mirrored"]
     alone = last[last.groupby(twins).is_plain.transform("nunique") == 1].file.tolist()
-    _require(not alone, f"a plain and a residual network, equal in {', '.join(twins)}", alone)
+    needed = f"a plain and a residual network, equal in {', '.join(twins)}"
+    _require(len(last) and not alone, needed, alone)
     rows = {}
     for _, pair in last.groupby(twins):
         for _, residual in pair[~pair.is_plain].groupby(NETWORK):

@@ -401,6 +401,8 @@ def test_unequal_machines_and_a_missing_twin_are_refused(tmp_path):
             rh.ablation_table(save(tmp_path / key, plain, other))
     with pytest.raises(ValueError, match="a plain and a residual .*resnet34-test-seed0.json"):
         rh.ablation_table(save(tmp_path / "alone", made_run("resnet34")))
+    with pytest.raises(ValueError, match="a plain and a residual "):
+        rh.ablation_table(save(tmp_path / "none", made_run("plain34"))[:0])
     with pytest.raises(ValueError, match="plain50-test-seed0.json"):
         rh.ablation_table(save(tmp_path / "plain", made_run("plain34"), made_run("resnet34"),
                                made_run("plain50")))

@@ -272,7 +272,7 @@ def gpu_at_the_rates_of(main):
 def fresh_pair(main):
     """The row at 34 layers, in points, of seeds 4 to 6 at the rates of set A, and of all six."""
     rates = main.groupby("model").learning_rate.first()
-    runs = every_run().query(f"{USUAL} and epochs == 15 and model in ['plain34', 'resnet34']")
+    runs = every_run().query("model in ['plain34', 'resnet34']")
     runs = runs[(runs.learning_rate == runs.model.map(rates)) & (runs.seed != 3)]
     assert set(runs.seed) == {0, 1, 2, 4, 5, 6}
     return [100 * rh.ablation_table(part).iloc[0] for part in (runs[runs.seed > 3], runs)]
@@ -412,8 +412,8 @@ def test_notebook_4_tells_the_curves_and_the_paper():
     assert [a * b > 0 for a, b in zip(here, paper)] == [True, False, False]  # "two of the five"
 
 
-def number_of(things):
-    return ("none", "one", "two", "three", "four", "five")[len(things)]
+def in_a_word(number):
+    return ("none", "one", "two", "three", "four", "five")[number]
 
 
 def listed(numbers, form="{:+.1f}"):
@@ -538,7 +538,7 @@ def test_notebook_4_tells_the_checks():
     loss = main[(main.model == "plain50") & (main.epoch == 15)].loss.mean()
     hardly = rh.ablation_table(main)["plain hardly learned"]
     assert (hardly[:-1] == 0).all()
-    number = ("none", "one", "two", "three")[hardly.iloc[-1]]
+    number = in_a_word(hardly.iloc[-1])
     short = gpu.query(f"{USUAL} and model == 'plain50' and epochs == 15 and seed == 1")
     short = short[(short.epoch == 15) & (short.learning_rate == slow.learning_rate.iloc[0])]
     say += [f"ends at {loss:.3f} (guessing scores {np.log(2):.3f}), and {number} of its three",
@@ -1288,7 +1288,7 @@ def test_readme_tells_the_finding_and_the_why():
     assert means.hardly["plain56", "mirrored", 0.003] == 1  # "never leaves guessing"
     misses = re.findall(r"^[1-9]\. \*.*a miss", markdown_of("appendix_why"), re.M)
     assert [miss[0] for miss in misses] == ["1", "4", "5"]
-    say += [f"Of nine [predictions](results/predictions.md) {number_of(misses)} failed"]
+    say += [f"Of nine [predictions](results/predictions.md) {in_a_word(len(misses))} failed"]
     points = measured_and_reached(main, small)
     assert len(points) == 12  # "twelve networks"
     both = points.corr(method="spearman").accuracy
