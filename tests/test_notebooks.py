@@ -974,7 +974,9 @@ def test_the_appendix_judges_the_predictions():
             "from {:.1f} to {:.1f}% with a share of 0.5 and to {:.1f}% with 0.7, and no further: "
             "{:.1f}, {:.1f} and {:.1f}%".format(*shares.accuracy)
             + f" with 0.8, 0.9 and 1 ({learned[0.8]:.1f} and {learned[1]:.1f}% with 0.8 and 1 ",
-            f"ends {scales.accuracy[0.5] - shares.accuracy[0]:.1f} points ahead"]
+            f"ends {scales.accuracy[0.5] - shares.accuracy[0]:.1f} points ahead",
+            f"from {scales.accuracy[0.5]:.1f} to {scales.accuracy[1]:.1f}% as ResNet-56's",
+            f"from {shares.accuracy[0]:.1f} to {shares.accuracy[0.7]:.1f}% as plain-56 goes from"]
     grown = [(scales.growth[a], shares.growth[share]) for a, share in SAME_MEASURE]
     say += ["growth, too, " + ", ".join("{:.2f} and {:.2f}".format(*pair) for pair in grown) + ",",
             f"{scales.growth[0.5]:.2f} per layer against {shares.growth[0]:.2f}, over 52 layers a "
