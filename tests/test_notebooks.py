@@ -607,11 +607,16 @@ def row_of_the_map(name, use, part):
     return f"| {name} | {use} | {networks} | {device} | {rates} | {seeds} | {part.run.nunique()} |"
 
 
+def of_whole_seeds(runs):
+    """Which of these runs have a seed that has all doses."""
+    doses = runs.groupby("seed").seed.transform("size")
+    return doses == doses.max()
+
+
 def with_all_doses(runs):
     """Without the doses in between of seeds that do not have all of them yet."""
     dose = runs.shortcut_scale.where(runs.kind == "residual", runs.mirrored)
-    doses = runs.groupby("seed").seed.transform("size")
-    return runs[(doses == doses.max()) | dose.isin([0, 1])]
+    return runs[of_whole_seeds(runs) | dose.isin([0, 1])]
 
 
 def test_notebook_4_has_a_map_of_its_sets(monkeypatch):
@@ -887,9 +892,8 @@ def dose_runs():
     both = runs.merge(measures, on=["model", "seed", "mirrored", "shortcut_scale"])
     both = both.assign(accuracy=100 * both.val_accuracy)
     both = both.query("model == 'plain56' or model == 'resnet56' and mirrored == 0")
-    counts = both.groupby("seed").seed.transform("size")
     both = both.assign(hardly=both.loss > 0.98 * np.log(2))
-    return both[counts == counts.max()].sort_values("seed")
+    return both[of_whole_seeds(both)].sort_values("seed")
 
 
 def doses(runs):
