@@ -727,8 +727,9 @@ def measured_and_reached(main, small):
 
 def ends_with_adam():
     """The last epochs of the runs from two cores in 15 epochs with Adam, seeds 0 to 2."""
-    return runs_in("full/cats_vs_dogs").query(
+    runs = runs_in("full/cats_vs_dogs").query(
         "epoch == 15 and epochs == 15 and seed < 3 and optimizer == 'adam'")
+    return runs.assign(hardly=runs.loss > 0.98 * np.log(2))
 
 
 def started():
@@ -737,8 +738,7 @@ def started():
     small = ~runs.model.map(rh.MODELS).isin(rh.UNITS)
     runs = runs[small | (runs.shortcut != "zero_pad")]
     start = np.select([runs.zero_gamma, runs.mirrored == 1], ["zero gamma", "mirrored"], "he")
-    return runs.assign(start=start, hardly=runs.loss > 0.98 * np.log(2),
-                       percent=100 * runs.val_accuracy)
+    return runs.assign(start=start, percent=100 * runs.val_accuracy)
 
 
 def runs_of(model, rate, start):
@@ -892,7 +892,6 @@ def dose_runs():
     both = runs.merge(measures, on=["model", "seed", "mirrored", "shortcut_scale"])
     both = both.assign(accuracy=100 * both.val_accuracy)
     both = both.query("model == 'plain56' or model == 'resnet56' and mirrored == 0")
-    both = both.assign(hardly=both.loss > 0.98 * np.log(2))
     return both[of_whole_seeds(both)].sort_values("seed")
 
 
@@ -1192,6 +1191,13 @@ def check_exercises(notebook, given, answers, wrong, capsys):
             exec("\n".join(x for x in lines if not re.match(r"[\w =]+ = None\b", x)), scope)
         said = dict.fromkeys(capsys.readouterr().out.splitlines())  # some are checked twice
         assert list(said) == [verdict.format(name) for name in wrong]
+
+
+def test_each_exercise_has_its_solution_under_its_name():
+    names = ("01_data", "02_models", "03_training", "04_ablation", "appendix_why")
+    exercises = re.findall(r"^\*\*(\d\. [\w ]+)\.", "\n".join(map(markdown_of, names)), re.M)
+    assert len(exercises) >= 3 * len(names)
+    assert re.findall(r"^### (\d\. [\w ]+):", markdown_of("solutions"), re.M) == exercises
 
 
 def test_solutions_are_right_by_the_checks_of_notebook_1(capsys, tiny_cats):
