@@ -20,7 +20,7 @@ ASIDE := 2>> build/messages.txt
 FAILED := || { [ $$stopped ] \
 	&& echo "Stopped. Finished epochs are kept: the same command goes on from there." \
 	|| tail -n 25 build/messages.txt; exit 1; }
-# Notebooks run in another folder: folders are handed on with their whole paths.
+# Notebooks run in another folder: folders are handed on as absolute paths.
 START := set -e; trap 'stopped=1' INT; \
 	[ ! -d "$$RESNET_DATASET" ] || \
 		export RESNET_DATASET="$$(CDPATH= cd -- "$$RESNET_DATASET" && pwd)"; \

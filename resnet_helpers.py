@@ -68,7 +68,7 @@ def get_profile(name=None):
 def get_dataset(name=None):
     """Return `name`, else the environment variable RESNET_DATASET, else "cats_vs_dogs".
 
-    That is a name that TensorFlow Datasets knows (an image and a label), or the whole path of a
+    That is a name that TensorFlow Datasets knows (an image and a label), or the absolute path of a
     folder with a subfolder of pictures for each class.
     """
     name = os.path.expanduser(name or os.environ.get("RESNET_DATASET") or "cats_vs_dogs")
@@ -81,7 +81,7 @@ def results_folder(profile=None, dataset=None):
 
 
 def _short_name(dataset):
-    """A data set's name within file names; for a folder with a checksum of its whole path."""
+    """A data set's name within file names; for a folder with a checksum of its path."""
     if os.path.isabs(dataset):
         return f"{pathlib.Path(dataset).name}-{zlib.crc32(os.fsencode(dataset)):08x}"
     return dataset.replace("/", "-")
@@ -167,8 +167,8 @@ def prepare_dataset(profile=None, name=None, image_size=32):
         return name
     import tensorflow_datasets as tfds
     known = [DIGITS, *tfds.list_builders(with_community_datasets=False)]
-    _require(name.split("/")[0] in known, "a data set that TensorFlow Datasets knows, or the whole "
-             "path of a folder with a subfolder of pictures for each class", repr(name))
+    _require(name.split("/")[0] in known, "a data set that TensorFlow Datasets knows, or the "
+             "absolute path of a folder with a subfolder of pictures for each class", repr(name))
     try:
         with filelock.FileLock(data_dir() / f"{_short_name(name)}.lock"):  # two may start at once
             _download(name)
@@ -440,7 +440,7 @@ class BatchNormalization(layers.BatchNormalization):
 
 
 def mirror(kernel):
-    """The mirrored form of a convolution's first weights ("looks linear", Balduzzi et al. 2017).
+    """The mirrored form of a convolution's initial weights ("looks linear", Balduzzi et al. 2017).
 
     Over halves of its input and output channels it is [[V, -V], [-V, V]], V being the first part
     of `kernel`, so that its weights keep their variance (for images, whose three channels have no

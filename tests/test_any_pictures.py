@@ -262,7 +262,7 @@ def test_what_nobody_knows_is_told_in_a_sentence(places, monkeypatch, name, prof
         raise AssertionError(f"asked for {name}")
 
     monkeypatch.setattr(rh, "_download", no_download)
-    with pytest.raises(ValueError, match="that TensorFlow Datasets knows, or the whole path of a "
+    with pytest.raises(ValueError, match="TensorFlow Datasets knows, or the absolute path of a "
                                          f"folder .*Received: '{name}'"):
         rh.prepare_dataset(profile, name)
     with pytest.raises((FileNotFoundError, ValueError), match=name):
