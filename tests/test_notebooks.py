@@ -383,8 +383,8 @@ def test_notebook_4_tells_the_curves_and_the_paper():
     ends = every_run().query("epoch == 15 and seed < 3 and shortcut != 'zero_pad'")
     ends = ends.groupby(["model", "learning_rate"])[["val_accuracy", "loss"]].mean()
     accuracy, losses = 100 * ends.val_accuracy, ends.loss
-    say += [f"its mean training loss is {losses.resnet34[0.003]:.3f}, and "
-            f"{losses.resnet34[0.001]:.3f} at 0.001 and {losses.resnet34[0.01]:.3f} at 0.01"]
+    say += [f"its mean training loss there is {losses.resnet34[0.003]:.3f}, above the "
+            f"{losses.resnet34[0.001]:.3f} at 0.001 and the {losses.resnet34[0.01]:.3f} at 0.01"]
     table = 100 * rh.ablation_table(main)
     say += ["residual is ahead by {:.1f} points at 18 layers, which is undecided, {:.1f} at 34 and "
             "{:.1f} at 50".format(*table.difference)]
@@ -462,7 +462,9 @@ def test_notebook_4_tells_the_rates():
             f"at own rates, ResNet-34 is ahead by {table.difference['34 layers']:.1f} points"]
     medians = ends.groupby(["learning_rate", "model"]).loss.median().unstack().loc[tried.index]
     rule, other = tried.loss["mean"].idxmin(), medians.idxmin()
-    assert other[other != rule].to_dict() == {"plain34": 0.01}  # "no other network another rate"
+    assert other[other != rule].to_dict() == {"plain34": 0.01}  # "no other network"
+    middle = 100 * ends[ends.learning_rate == 0.01].groupby("model").val_accuracy.median()
+    say += [f"its median accuracy is {middle.plain34:.1f}% and ResNet-34's {middle.resnet34:.1f}%"]
     rates = main.groupby("model").learning_rate.first()
     named = {rate: listed([rh.display_name(f"{kind}{depth}") for kind in ("plain", "resnet")
                            for depth in (18, 34, 50) if rates[f"{kind}{depth}"] == rate], "{}")
@@ -502,9 +504,9 @@ def test_notebook_4_tells_the_checks():
     assert (gpu_runs()[0].groupby("model").learning_rate.first()
             == main.groupby("model").learning_rate.first()).all()  # "the GPU's own rule chose, too"
     ours = 100 * rh.ablation_table(small).difference
-    say += [f"is an undecided {own.difference['34 layers']:+.1f} points at 34 layers and "
-            f"{own.difference['50 layers']:+.1f} at 50 with the seeds planned there, 1 to 3, and "
-            f"{listed(same.difference)} with seeds 0 to 2 (here: {listed(table.difference[1:])})",
+    say += [f"is {own.difference['34 layers']:+.1f} points at 34 layers (undecided) and "
+            f"{own.difference['50 layers']:+.1f} at 50 with the seeds planned there, 1 to 3; with "
+            f"seeds 0 to 2 it is {listed(same.difference)} (here: {listed(table.difference[1:])})",
             f"it is {listed(there.difference.iloc[[0, -1]])} at 20 and 56 layers (five seeds; here "
             f"{listed(ours.iloc[[0, -1]])})",
             f"ResNet-18 ({percent['resnet18', 'he', 0.001]:.1f}% from He's start)"]
@@ -522,11 +524,11 @@ def test_notebook_4_tells_the_checks():
         f"one run, with seed 0: {fast.resnet34:.1f}% (plain-34 with this seed: "
         f"{fast.plain34:.1f}%)"]
     one = seed_0_at_the_common_rate(every)
-    say += ["{:.1f} against {:.1f}% at 34 layers and {:.1f} against {:.1f}% at 50".format(
-        *(one[model, shortcut] for model in ("resnet34", "resnet50")
-          for shortcut in ("zero_pad", "projection")))]
-    say += ["(the plain twins: {:.1f} and {:.1f})".format(
-        *(one[model, "none"] for model in ("plain34", "plain50")))]
+    say += ["with {:.1f}% at 34 layers (projections {:.1f}, the plain twin {:.1f}) and {:.1f}% at "
+            "50 ({:.1f} and {:.1f})".format(*(
+                one[pair] for depth in (34, 50) for pair in (
+                    (f"resnet{depth}", "zero_pad"), (f"resnet{depth}", "projection"),
+                    (f"plain{depth}", "none"))))]
     for words in on_its_page:
         assert words in flat("results/gpu/README.md"), words
     accuracy = main.groupby(["model", "seed"]).val_accuracy
@@ -816,6 +818,8 @@ def test_the_appendix_tells_the_test():
                                  runs_of(f"plain{depth}", rate, "mirrored")))
              for depth, rate in WIRED.items()]
     say += ["the gain is decided, {} and {} points".format(*gains[:2]), f"it is not, {gains[2]}:"]
+    assert ("lifts plain-34 by {} points and plain-50 by {};".format(
+        *(gain.split()[0].lstrip("+") for gain in gains[:2]))) in markdown_of("04_ablation")
     beside = [percents(rh.compare(runs_of(name, rate, "he"),
                                   runs_of(f"plain{name[-2:]}", 0.001, "mirrored")))
               for name, rate in (("plain34", 0.003), ("plain50", 0.003), ("resnet34", 0.01),
