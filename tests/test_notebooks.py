@@ -1399,8 +1399,8 @@ def test_readme_tells_the_checks():
     same = 100 * rh.ablation_table(gpu_at_the_rates_of(main)).difference
     own = 100 * rh.ablation_table(gpu_runs()[0])
     assert own.low["34 layers"] < 0
-    say += ["the gap is an undecided {:+.1f} at 34 layers and {:+.1f} at 50 with the seeds planned "
-            "there, 1 to 3, {:+.1f} and {:+.1f} with seeds 0 to 2".format(
+    say += ["the gap is {:+.1f} at 34 layers (undecided) and {:+.1f} at 50 with the seeds planned "
+            "there, 1 to 3; with seeds 0 to 2 {:+.1f} and {:+.1f}.".format(
                 *own.difference[1:], *same)]
     plan = pd.read_csv(ROOT / "results" / "plan.csv")
     trained = runs_in("full/cats_vs_dogs").file.nunique()
