@@ -447,6 +447,9 @@ def test_notebook_4_tells_the_rates():
               for rate, part in ends.groupby("learning_rate") if rate in tried.index}
     undecided = {rate: table.low["34 layers"] < 0 for rate, table in tables.items()}
     assert undecided == {0.001: False, 0.003: True, 0.01: True}
+    for table_at in tables.values():  # "decided at each rate at 50 layers, and at none at 18"
+        assert table_at.low["50 layers"] > 0 and table_at.low["18 layers"] < 0
+        assert table_at.high["18 layers"] > 0
     say += ["The difference is {:+.1f} if both have the optimiser's default rate, 0.001, an "
             "undecided {:+.1f} at 0.003 and an undecided {:+.1f} at 0.01".format(*gaps[34])]
     say += ["{:.1f} points from 18 to 50 layers against {:.1f} at 0.001, {:.1f} against {:.1f} at "
